@@ -1,0 +1,333 @@
+//! A replica's directory: making one, opening one, and refusing one that is not what was asked for.
+//!
+//! ```text
+//! DATA/VOLUME/superblock   identity, promise, views, checkpoint (see superblock)
+//!             journal      the write-ahead log (see journal)
+//!             image.raw    the volume's bytes; a symbolic link if the replica lives on a block device
+//!             checksums    four bytes per block of the image
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use protocol::{Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::disk::file::{Caching, SystemFile};
+use crate::disk::{RawFile, ReplicaFiles};
+use crate::image::{Image, Trust, checksum_file_bytes};
+use crate::journal::recover::{RecoverError, ScanStart, scan};
+use crate::journal::ring::Ring;
+use crate::journal::{self, HeaderError};
+use crate::replica::note_durable;
+use crate::superblock::{self, Identity, JournalTail, Superblock, SuperblockError};
+
+/// Names of the files.
+pub const SUPERBLOCK: &str = "superblock";
+/// See [`SUPERBLOCK`].
+pub const JOURNAL: &str = "journal";
+/// See [`SUPERBLOCK`].
+pub const IMAGE: &str = "image.raw";
+/// See [`SUPERBLOCK`].
+pub const CHECKSUMS: &str = "checksums";
+
+/// Why a directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DirectoryError {
+    /// The system refused.
+    #[error("{path}: {cause}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// Nothing is there.
+    #[error("{path} holds no replica")]
+    Missing {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A replica with data is there already.
+    #[error("{path} already holds replica {replica} of volume {volume} ({uuid})")]
+    HasData {
+        /// The directory.
+        path: PathBuf,
+        /// Its volume.
+        volume: String,
+        /// Its replica.
+        replica: String,
+        /// Its volume's identity.
+        uuid: VolumeUuid,
+    },
+    /// Another process has it open.
+    #[error("{path} is in use by another process")]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The superblock is damaged or of another release.
+    #[error("{path}: {cause}")]
+    Superblock {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        cause: SuperblockError,
+    },
+    /// A file has another size than the superblock says.
+    #[error("{path} has {found} bytes where {expected} are needed")]
+    Size {
+        /// Which file.
+        path: PathBuf,
+        /// Its size.
+        found: u64,
+        /// The size needed.
+        expected: u64,
+    },
+    /// The journal is not this volume's.
+    #[error("{path}: {cause}")]
+    JournalHeader {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        cause: HeaderError,
+    },
+    /// The journal cannot be recovered.
+    #[error("{path}: {cause}")]
+    Recover {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        cause: RecoverError,
+    },
+}
+
+impl DirectoryError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        let text = match self {
+            DirectoryError::Io { cause, .. } if cause.kind() == io::ErrorKind::StorageFull => {
+                "make room on the disk, or choose another directory"
+            }
+            DirectoryError::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
+                "run as a user who may write there, or change the owner of the directory"
+            }
+            DirectoryError::Io { .. } => "check the path and the disk",
+            DirectoryError::Missing { .. } => {
+                "check the path (DATA/VOLUME); `nbdcast create --config FILE` makes the replicas of a new volume"
+            }
+            DirectoryError::HasData { .. } => {
+                "to begin anew, move the directory away first; its data is lost to nbdcast then"
+            }
+            DirectoryError::InUse { .. } => "stop the engine or agent that serves it",
+            DirectoryError::Superblock { cause: SuperblockError::Version { .. }, .. } => {
+                "use the release that wrote it, or a later one"
+            }
+            DirectoryError::Superblock { .. } | DirectoryError::Recover { .. } => {
+                "keep the directory as it is; the other replicas hold the data, this one must be made anew from them"
+            }
+            DirectoryError::Size { .. } => "give a file or device that is large enough",
+            DirectoryError::JournalHeader { .. } => "put back the journal that belongs to this replica",
+        };
+        Some(text.to_owned())
+    }
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> DirectoryError {
+    let path = path.to_owned();
+    move |cause| DirectoryError::Io { path, cause }
+}
+
+/// A replica to be made.
+#[derive(Clone, Debug)]
+pub struct NewReplica {
+    /// Who it is.
+    pub identity: Identity,
+    /// The volume's first view.
+    pub view: View,
+    /// A block device to keep the image on; a file of its own if `None`.
+    pub image: Option<PathBuf>,
+}
+
+/// A replica that was opened and recovered.
+pub struct OpenReplica {
+    /// Its files. The superblock is locked as long as they are open.
+    pub files: ReplicaFiles,
+    /// The superblock written for this opening, brought up to `durable`.
+    pub superblock: Superblock,
+    /// The journal.
+    pub ring: Ring,
+    /// The last record.
+    pub durable: Position,
+}
+
+/// Whether `dir` holds a replica, pristine or not.
+#[must_use]
+pub fn holds_replica(dir: &Path) -> bool {
+    dir.join(SUPERBLOCK).exists()
+}
+
+/// Makes a new replica in `dir`. A replica that never served is made anew; one that did is left alone and refused.
+/// The superblock is written last, so that a directory without one is known to be unfinished.
+pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
+    fs::create_dir_all(dir).map_err(at(dir))?;
+    let superblock_path = dir.join(SUPERBLOCK);
+    if superblock_path.exists() {
+        let (superblock, _lock) = read_superblock(dir)?;
+        if superblock.promised > Epoch(0) {
+            let Identity { uuid, volume, replica, .. } = superblock.identity;
+            let (volume, replica) = (volume.into(), replica.into());
+            return Err(DirectoryError::HasData { path: dir.to_owned(), volume, replica, uuid });
+        }
+        fs::remove_file(&superblock_path).map_err(at(&superblock_path))?;
+    }
+    let identity = &new.identity;
+    create_image(&dir.join(IMAGE), new)?;
+    let checksums = dir.join(CHECKSUMS);
+    create_sized(&checksums, checksum_file_bytes(identity.size_bytes))?;
+    create_journal(&dir.join(JOURNAL), identity)?;
+    create_sized(&superblock_path, 0)?;
+    // The length is set last: a superblock file without content is not a replica yet.
+    let file = OpenOptions::new().write(true).open(&superblock_path).map_err(at(&superblock_path))?;
+    file.set_len(superblock::FILE_BYTES).map_err(at(&superblock_path))?;
+    let file = SystemFile::open(&superblock_path, Caching::Buffered).map_err(at(&superblock_path))?;
+    first_superblock(new).write(&file).map_err(at(&superblock_path))?;
+    file.file().sync_all().map_err(at(&superblock_path))?;
+    for directory in [Some(dir), dir.parent()].into_iter().flatten() {
+        let shown = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+        File::open(shown).and_then(|d| d.sync_all()).map_err(at(shown))?;
+    }
+    Ok(())
+}
+
+fn first_superblock(new: &NewReplica) -> Superblock {
+    Superblock {
+        identity: new.identity.clone(),
+        write_count: 1,
+        generation: 0,
+        clean: true,
+        promised: Epoch(0),
+        engine: [0; 16],
+        lease_ms: 0,
+        syncing: false,
+        checkpoint: Position::default(),
+        views: ViewState::initial(new.view.clone()),
+        history: EpochHistory::default(),
+        tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
+        stable: Seq(0),
+    }
+}
+
+fn create_sized(path: &Path, bytes: u64) -> Result<(), DirectoryError> {
+    // Truncated first: what an unfinished attempt left must read as zeroes.
+    let file = OpenOptions::new().write(true).create(true).truncate(true).open(path).map_err(at(path))?;
+    file.set_len(bytes).and_then(|()| file.sync_all()).map_err(at(path))
+}
+
+fn create_image(path: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
+    let size = new.identity.size_bytes;
+    let Some(device) = &new.image else { return create_sized(path, size) };
+    let file = SystemFile::open(device, Caching::Buffered).map_err(at(device))?;
+    let found = file.length().map_err(at(device))?;
+    if found < size {
+        return Err(DirectoryError::Size { path: device.clone(), found, expected: size });
+    }
+    file.zero_range(0, size, false).and_then(|()| file.sync()).map_err(at(device))?;
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(path)(e)),
+        Ok(()) | Err(_) => {}
+    }
+    std::os::unix::fs::symlink(device, path).map_err(at(path))
+}
+
+/// Writes every byte of the journal, so that later durable writes change no metadata of the filesystem.
+fn create_journal(path: &Path, identity: &Identity) -> Result<(), DirectoryError> {
+    create_sized(path, identity.journal_bytes)?;
+    let file = SystemFile::open(path, Caching::Buffered).map_err(at(path))?;
+    let zeroes = vec![0; 4 << 20];
+    let mut offset = 0;
+    while offset < identity.journal_bytes {
+        let step = (identity.journal_bytes - offset).min(zeroes.len() as u64);
+        file.write_at(offset, &zeroes[..step as usize]).map_err(at(path))?;
+        offset += step;
+    }
+    file.write_at(0, journal::encode_header(identity.uuid).as_slice()).map_err(at(path))?;
+    file.file().sync_all().map_err(at(path))
+}
+
+/// Reads the superblock of `dir` and locks it against other processes.
+pub fn read_superblock(dir: &Path) -> Result<(Superblock, SystemFile), DirectoryError> {
+    let path = dir.join(SUPERBLOCK);
+    let file = match SystemFile::open(&path, Caching::Buffered) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(DirectoryError::Missing { path: dir.to_owned() });
+        }
+        other => other.map_err(at(&path))?,
+    };
+    if flock(file.file(), FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Err(DirectoryError::InUse { path: dir.to_owned() });
+    }
+    let superblock =
+        Superblock::read(&file).map_err(|cause| DirectoryError::Superblock { path: dir.to_owned(), cause })?;
+    Ok((superblock, file))
+}
+
+/// The four files of `dir`, sizes checked. `superblock_file` comes from [`read_superblock`].
+pub fn open_files(
+    dir: &Path,
+    identity: &Identity,
+    superblock_file: SystemFile,
+) -> Result<ReplicaFiles, DirectoryError> {
+    let open = |name: &str, caching, expected: u64| -> Result<Arc<dyn RawFile>, DirectoryError> {
+        let path = dir.join(name);
+        let file = SystemFile::open(&path, caching).map_err(at(&path))?;
+        let found = file.length().map_err(at(&path))?;
+        if found < expected {
+            return Err(DirectoryError::Size { path, found, expected });
+        }
+        Ok(Arc::new(file))
+    };
+    let files = ReplicaFiles {
+        journal: open(JOURNAL, Caching::Direct, identity.journal_bytes)?,
+        image: open(IMAGE, Caching::Buffered, identity.size_bytes)?,
+        checksums: open(CHECKSUMS, Caching::Buffered, checksum_file_bytes(identity.size_bytes))?,
+        superblock: Arc::new(superblock_file),
+    };
+    let path = dir.join(JOURNAL);
+    journal::check_header(files.journal.as_ref(), identity.uuid)
+        .map_err(|cause| DirectoryError::JournalHeader { path, cause })?;
+    Ok(files)
+}
+
+/// Opens the replica in `dir`: takes the lock, replays the journal, and writes the superblock of a new generation.
+pub fn open(dir: &Path) -> Result<OpenReplica, DirectoryError> {
+    let (superblock, file) = read_superblock(dir)?;
+    let files = open_files(dir, &superblock.identity, file)?;
+    recover(files, superblock).map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })
+}
+
+/// Replays the journal and begins a new generation.
+pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenReplica, RecoverError> {
+    // After a mere crash of the process the system may hold journal bytes that are not on disk yet. They become durable
+    // here, before anything is said about them.
+    files.journal.sync()?;
+    let image = Image::new(&files);
+    let checkpoint = superblock.checkpoint;
+    let start = ScanStart::of(&superblock);
+    let mut durable = checkpoint;
+    let recovered = scan(files.journal.as_ref(), start, &mut |record| {
+        durable = record.header.position();
+        note_durable(&mut superblock, &record);
+        if record.seq() > checkpoint.seq { image.apply(&record, Trust::InDoubt) } else { Ok(()) }
+    })?;
+    assert!(durable.seq == recovered.last, "the scan counts what it hands over");
+    superblock.generation += 1;
+    superblock.write_count += 1;
+    superblock.clean = false;
+    superblock.write(files.superblock.as_ref())?;
+    Ok(OpenReplica { files, superblock, ring: recovered.ring, durable })
+}

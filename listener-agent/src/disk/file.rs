@@ -1,0 +1,170 @@
+//! Files and block devices of the operating system.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
+use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+
+use super::RawFile;
+
+/// How writes reach the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// Through the page cache.
+    Buffered,
+    /// Past the page cache, if the filesystem can.
+    Direct,
+}
+
+/// An open file.
+#[derive(Debug)]
+pub struct SystemFile {
+    /// Reads, and all writes if there is no `direct`.
+    buffered: File,
+    /// Durable writes, past the page cache.
+    direct: Option<File>,
+}
+
+/// Zeroes written at a time where a filesystem cannot zero a range itself, bytes.
+const ZERO_CHUNK_BYTES: usize = 1 << 20;
+
+impl SystemFile {
+    /// Opens an existing file for reading and writing.
+    pub fn open(path: &Path, caching: Caching) -> io::Result<SystemFile> {
+        let buffered = OpenOptions::new().read(true).write(true).open(path)?;
+        let direct = match caching {
+            Caching::Buffered => None,
+            Caching::Direct => open_direct(path)?,
+        };
+        Ok(SystemFile { buffered, direct })
+    }
+
+    /// Opens an existing file for reading only.
+    pub fn open_read_only(path: &Path) -> io::Result<SystemFile> {
+        Ok(SystemFile { buffered: File::open(path)?, direct: None })
+    }
+
+    /// The file descriptor, for locks.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.buffered
+    }
+}
+
+fn open_direct(path: &Path) -> io::Result<Option<File>> {
+    let flags = OFlags::DIRECT.bits() as i32;
+    match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Ok(file) => Ok(Some(file)),
+        // A filesystem without direct I/O: the page cache with a flush after each write is as durable.
+        Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn write_durably(file: &File, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+    while !data.is_empty() {
+        match pwritev2(file, &[IoSlice::new(data)], offset, ReadWriteFlags::DSYNC) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                offset += written as u64;
+                data = &data[written..];
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                file.write_all_at(data, offset)?;
+                return Ok(fdatasync(file)?);
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+impl RawFile for SystemFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.buffered.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.buffered.write_all_at(data, offset)
+    }
+
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        write_durably(self.direct.as_ref().unwrap_or(&self.buffered), offset, data)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(fdatasync(&self.buffered)?)
+    }
+
+    fn zero_range(&self, offset: u64, length: u64, keep_allocated: bool) -> io::Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let how = if keep_allocated { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
+        match fallocate(&self.buffered, how | FallocateFlags::KEEP_SIZE, offset, length) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => {
+                let zeroes = vec![0; ZERO_CHUNK_BYTES.min(length as usize)];
+                let mut done = 0;
+                while done < length {
+                    let step = (length - done).min(zeroes.len() as u64);
+                    self.buffered.write_all_at(&zeroes[..step as usize], offset + done)?;
+                    done += step;
+                }
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        // Seeking tells the size of block devices too, which their metadata does not.
+        use std::io::Seek;
+        (&self.buffered).seek(io::SeekFrom::End(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::aligned::AlignedBuffer;
+
+    fn file_of(bytes: u64, caching: Caching) -> (tempfile::TempDir, SystemFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        let file = SystemFile::open(&path, caching).unwrap();
+        (dir, file)
+    }
+
+    #[test]
+    fn durable_writes_are_read_back_whatever_the_caching() {
+        for caching in [Caching::Buffered, Caching::Direct] {
+            let (_dir, file) = file_of(16384, caching);
+            let mut buffer = AlignedBuffer::with_capacity(4096);
+            buffer.put(&[9; 4096]);
+            file.write_durable_at(8192, buffer.as_slice()).unwrap();
+            let mut back = [0; 4096];
+            file.read_at(8192, &mut back).unwrap();
+            assert_eq!(back, [9; 4096]);
+            assert_eq!(file.length().unwrap(), 16384);
+        }
+    }
+
+    #[test]
+    fn a_zeroed_range_reads_as_zeroes() {
+        for keep in [false, true] {
+            let (_dir, file) = file_of(16384, Caching::Buffered);
+            file.write_at(0, &[1; 16384]).unwrap();
+            file.zero_range(4096, 8192, keep).unwrap();
+            let mut back = [7; 16384];
+            file.read_at(0, &mut back).unwrap();
+            assert!(back[4096..12288].iter().all(|b| *b == 0));
+            assert_eq!((back[4095], back[12288]), (1, 1));
+        }
+    }
+}

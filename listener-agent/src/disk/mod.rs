@@ -1,0 +1,41 @@
+//! What a replica needs of storage: four byte ranges that can be read, written, and written durably. [`file`] is the real
+//! one; a simulation brings its own, which loses what was not made durable.
+
+pub mod aligned;
+pub mod file;
+
+use std::io;
+use std::sync::Arc;
+
+/// A file or block device. All offsets and lengths are bytes.
+///
+/// **Invariant:** what [`RawFile::write_at`] wrote may be lost or torn by a power cut until [`RawFile::sync`] returned;
+/// what [`RawFile::write_durable_at`] wrote may not, once it returned. After an error of either of the two nothing is
+/// known about what is durable, and they are never tried again.
+pub trait RawFile: Send + Sync {
+    /// Fills `buffer` from `offset`; an error if the file ends before.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    /// Writes to where the system keeps dirty pages.
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Writes and returns when it is durable. `offset`, `data` and its address are multiples of a block.
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Makes everything written before durable.
+    fn sync(&self) -> io::Result<()>;
+    /// Makes the range read as zeroes; gives its space back unless `keep_allocated`.
+    fn zero_range(&self, offset: u64, length: u64, keep_allocated: bool) -> io::Result<()>;
+    /// The size.
+    fn length(&self) -> io::Result<u64>;
+}
+
+/// The four files of a replica.
+#[derive(Clone)]
+pub struct ReplicaFiles {
+    /// Identity, promises, checkpoint.
+    pub superblock: Arc<dyn RawFile>,
+    /// The write-ahead log.
+    pub journal: Arc<dyn RawFile>,
+    /// The volume's bytes, as they are.
+    pub image: Arc<dyn RawFile>,
+    /// Four bytes for each block of the image.
+    pub checksums: Arc<dyn RawFile>,
+}

@@ -1,0 +1,342 @@
+//! The threads that do a replica's work: one writes the journal, one applies to the image, one writes superblocks, and
+//! a few read. The state machine in [`crate::replica`] decides what they do; this file owns no rule of its own.
+//!
+//! Sessions come from connections of engines, or from an engine in the same process. Messages to an engine go to the
+//! session's sink, called without any lock held, so that a sink may call back.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use protocol::message::{Condition, EngineId, ReadOutcome};
+use protocol::{Record, ToAgent, ToEngine};
+use tracing::{error, info};
+
+use crate::directory::{self, DirectoryError};
+use crate::disk::ReplicaFiles;
+use crate::image::{Image, Trust};
+use crate::journal::{HEADER_BYTES, group};
+use crate::replica::{ApplyError, Counters, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
+use crate::superblock::Identity;
+
+/// Takes messages for an engine. Must not block.
+pub type Sink = Arc<dyn Fn(ToEngine) + Send + Sync>;
+
+const READER_THREADS: usize = 2;
+/// How often the threads look at the clock when nothing happens.
+const IDLE_LOOK: Duration = Duration::from_millis(250);
+
+struct State {
+    replica: Replica,
+    sinks: BTreeMap<SessionId, Sink>,
+    next_session: SessionId,
+    stopping: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    journal_work: Condvar,
+    apply_work: Condvar,
+    metadata_work: Condvar,
+    read_work: Condvar,
+    closed: Condvar,
+    files: ReplicaFiles,
+    image: Image,
+    started: Instant,
+    label: String,
+}
+
+/// A replica at work. Dropping it stops the threads without a last checkpoint; see [`ReplicaHost::close`].
+pub struct ReplicaHost {
+    shared: Arc<Shared>,
+    identity: Identity,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// An engine's session with a replica. Dropping it ends the session.
+pub struct Session {
+    shared: Arc<Shared>,
+    id: SessionId,
+}
+
+/// Who else may know this replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Engines in this process only: one that ran before has died with its process.
+    ThisProcess,
+    /// Engines anywhere.
+    Network,
+}
+
+impl ReplicaHost {
+    /// Opens the replica in `dir` and starts its threads.
+    pub fn open(dir: &Path, reach: Reach) -> Result<ReplicaHost, DirectoryError> {
+        let begun = Instant::now();
+        let opened = directory::open(dir)?;
+        let identity = opened.superblock.identity.clone();
+        let label = format!("volume {} replica {}", identity.volume, identity.replica);
+        info!("{label}: opened at position {} in {:?}", opened.durable, begun.elapsed());
+        let old_engines_gone = reach == Reach::ThisProcess;
+        let replica = Replica::new(opened.superblock, opened.ring, opened.durable, Time::ZERO, old_engines_gone);
+        let state = State { replica, sinks: BTreeMap::new(), next_session: 1, stopping: false };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            journal_work: Condvar::new(),
+            apply_work: Condvar::new(),
+            metadata_work: Condvar::new(),
+            read_work: Condvar::new(),
+            closed: Condvar::new(),
+            image: Image::new(&opened.files),
+            files: opened.files,
+            started: begun,
+            label,
+        });
+        let mut threads = Vec::new();
+        let mut start = |name: &str, work: fn(&Shared)| {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared));
+            threads.push(thread.expect("the system gives threads"));
+        };
+        start("journal", write_journal);
+        start("apply", apply_records);
+        start("metadata", write_metadata);
+        for _ in 0..READER_THREADS {
+            start("read", serve_reads);
+        }
+        Ok(ReplicaHost { shared, identity, threads: Mutex::new(threads) })
+    }
+
+    /// Who the replica is.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Figures for people.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.shared.lock().replica.counters()
+    }
+
+    /// Begins a session; the answer to `Hello` goes to `sink`.
+    #[must_use]
+    pub fn open_session(&self, engine: EngineId, sink: Sink) -> Session {
+        let now = self.shared.now();
+        let mut state = self.shared.lock();
+        let id = state.next_session;
+        state.next_session += 1;
+        state.sinks.insert(id, sink);
+        state.replica.open_session(id, engine, now);
+        self.shared.after_change(state);
+        Session { shared: self.shared.clone(), id }
+    }
+
+    /// Ends all sessions, applies what is durable, and marks the replica clean. Returns whether that was done before
+    /// `deadline`; if not, the next opening replays the journal.
+    pub fn close(&self, deadline: Instant) -> bool {
+        let mut state = self.shared.lock();
+        state.replica.close();
+        self.shared.after_change(state);
+        let mut state = self.shared.lock();
+        while !state.replica.is_closed() && state.replica.condition() != Condition::Poisoned {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
+            state = self.shared.closed.wait_timeout(state, left).expect("no thread panicked with the lock").0;
+        }
+        let clean = state.replica.is_closed();
+        drop(state);
+        self.stop_threads();
+        clean
+    }
+
+    fn stop_threads(&self) {
+        self.shared.lock().stopping = true;
+        let shared = &self.shared;
+        for work in [&shared.journal_work, &shared.apply_work, &shared.metadata_work, &shared.read_work] {
+            work.notify_all();
+        }
+        for thread in self.threads.lock().expect("no thread panicked with the lock").drain(..) {
+            // A panic of a worker was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for ReplicaHost {
+    fn drop(&mut self) {
+        self.stop_threads();
+    }
+}
+
+impl Session {
+    /// Hands messages to the replica, in order.
+    pub fn send(&self, messages: impl IntoIterator<Item = ToAgent>) {
+        let now = self.shared.now();
+        let mut state = self.shared.lock();
+        for message in messages {
+            state.replica.handle(now, self.id, message);
+        }
+        self.shared.after_change(state);
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.sinks.remove(&self.id);
+        state.replica.close_session(self.id);
+        self.shared.after_change(state);
+    }
+}
+
+impl Shared {
+    fn now(&self) -> Time {
+        self.started.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread panicked with the lock")
+    }
+
+    /// Wakes whoever has work now and delivers what is to be said.
+    fn after_change(&self, mut state: MutexGuard<'_, State>) {
+        let now = self.now();
+        let mut said = Vec::new();
+        while let Some((session, message)) = state.replica.poll_outbox() {
+            if let Some(sink) = state.sinks.get(&session) {
+                said.push((sink.clone(), message));
+            }
+        }
+        let replica = &state.replica;
+        if replica.has_group() {
+            self.journal_work.notify_one();
+        }
+        if replica.has_apply(now) {
+            self.apply_work.notify_one();
+        }
+        if replica.has_metadata(now) {
+            self.metadata_work.notify_one();
+        }
+        if replica.has_read() || replica.has_fetch() {
+            self.read_work.notify_one();
+        }
+        if replica.is_closed() || replica.condition() == Condition::Poisoned {
+            self.closed.notify_all();
+        }
+        drop(state);
+        for (sink, message) in said {
+            sink(message);
+        }
+    }
+
+    /// Waits until `take` has a job; `None` when the replica stops.
+    fn next_job<J>(&self, work: &Condvar, take: impl Fn(&mut Replica, Time) -> Option<J>) -> Option<J> {
+        let mut state = self.lock();
+        loop {
+            if state.stopping {
+                return None;
+            }
+            if let Some(job) = take(&mut state.replica, self.now()) {
+                return Some(job);
+            }
+            state = work.wait_timeout(state, IDLE_LOOK).expect("no thread panicked with the lock").0;
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Replica, Time)) {
+        let mut state = self.lock();
+        change(&mut state.replica, self.now());
+        self.after_change(state);
+    }
+
+    fn report(&self, what: &str, outcome: &io::Result<()>) {
+        if let Err(e) = outcome {
+            error!("{}: {what}: {e}; the replica leaves service until it is restarted", self.label);
+        }
+    }
+
+    fn write_group(&self, job: &GroupJob) -> io::Result<()> {
+        let bytes = group::encode(job.generation, &job.records);
+        self.files.journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice())
+    }
+
+    fn write_superblock(&self, job: &MetadataJob) -> io::Result<()> {
+        if job.sync_image {
+            self.image.sync()?;
+        }
+        job.superblock.write(self.files.superblock.as_ref())
+    }
+
+    fn fetch(&self, job: &FetchJob) -> Vec<Record> {
+        let mut records = Vec::new();
+        for segment in &job.segments {
+            let mut bytes = vec![0; segment.bytes as usize];
+            if let Err(e) = self.files.journal.read_at(HEADER_BYTES + segment.offset, &mut bytes) {
+                error!("{}: reading the journal for another replica: {e}", self.label);
+                break;
+            }
+            records.extend(group::decode(&Bytes::from(bytes)));
+        }
+        records
+    }
+}
+
+fn write_journal(shared: &Shared) {
+    while let Some(job) = shared.next_job(&shared.journal_work, |r, _| r.next_group()) {
+        let outcome = shared.write_group(&job);
+        shared.report("writing the journal", &outcome);
+        // The payloads are kept by the state machine until they are applied.
+        drop(job);
+        shared.change(|r, _| r.group_done(outcome.is_ok()));
+    }
+}
+
+fn apply_records(shared: &Shared) {
+    while let Some(batch) = shared.next_job(&shared.apply_work, Replica::next_apply) {
+        let outcome = batch.iter().try_for_each(|record| shared.image.apply(record, Trust::Verified));
+        let outcome = match outcome {
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => Err(ApplyError::NoSpace),
+            other => {
+                shared.report("applying to the image", &other);
+                other.map_err(|_| ApplyError::Failed)
+            }
+        };
+        shared.change(|r, now| r.apply_done(now, outcome));
+    }
+}
+
+fn write_metadata(shared: &Shared) {
+    while let Some(job) = shared.next_job(&shared.metadata_work, Replica::next_metadata) {
+        let outcome = shared.write_superblock(&job);
+        shared.report("taking a checkpoint", &outcome);
+        shared.change(|r, now| r.metadata_done(now, &job, outcome.is_ok()));
+    }
+}
+
+enum ReadWork {
+    Image(crate::replica::ReadJob),
+    Journal(FetchJob),
+}
+
+fn serve_reads(shared: &Shared) {
+    let take =
+        |r: &mut Replica, _: Time| r.next_read().map(ReadWork::Image).or_else(|| r.next_fetch().map(ReadWork::Journal));
+    while let Some(work) = shared.next_job(&shared.read_work, take) {
+        match work {
+            ReadWork::Image(job) => {
+                let outcome = shared.image.read(job.range);
+                if let ReadOutcome::ChecksumMismatch { offset } = &outcome {
+                    error!("{}: the block at byte {offset} does not match its checksum", shared.label);
+                }
+                shared.change(|r, _| r.read_done(job, outcome));
+            }
+            ReadWork::Journal(job) => {
+                let records = shared.fetch(&job);
+                shared.change(|r, _| r.fetch_done(&job, records));
+            }
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Looking at a replica without serving it: who it is and where it stands, and whether every block matches its checksum.
+//! Nothing is written; the directory is locked while it is looked at.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use protocol::ranges::ByteRange;
+use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
+use serde::Serialize;
+
+use crate::directory::{self, DirectoryError, JOURNAL};
+use crate::disk::ReplicaFiles;
+use crate::image::Image;
+use crate::journal::capacity_bytes;
+use crate::journal::recover::{RecoverError, Recovered, ScanStart, scan};
+use crate::replica::note_durable;
+use crate::superblock::Superblock;
+
+/// Why a replica cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// The directory cannot be used.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// The journal cannot be read.
+    #[error("{path}: {cause}")]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// What is wrong.
+        cause: RecoverError,
+    },
+    /// The image cannot be read.
+    #[error("{path}: {cause}")]
+    Image {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        cause: std::io::Error,
+    },
+}
+
+impl InspectError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            InspectError::Directory(e) => e.remedy(),
+            InspectError::Journal { .. } => Some(
+                "keep the directory as it is; the other replicas hold the data, this one must be made anew from them"
+                    .to_owned(),
+            ),
+            InspectError::Image { .. } => Some("check the disk".to_owned()),
+        }
+    }
+}
+
+/// What is known of a replica that nobody serves.
+#[derive(Clone, Debug, Serialize)]
+pub struct InspectReport {
+    /// The volume's name.
+    pub volume: String,
+    /// The volume's identity.
+    pub uuid: String,
+    /// The replica's name.
+    pub replica: String,
+    /// Size of the volume, bytes.
+    pub size_bytes: u64,
+    /// The last durable record.
+    pub position: Position,
+    /// The highest promise.
+    pub promised: Epoch,
+    /// The views of the latest view record.
+    pub views: ViewState,
+    /// Which epoch gave out which places.
+    pub history: EpochHistory,
+    /// Whether the replica is being copied to.
+    pub syncing: bool,
+    /// Whether it was closed in good order.
+    pub clean: bool,
+    /// How often it was opened.
+    pub generation: u64,
+    /// The journal.
+    pub journal: JournalReport,
+    /// The last record that is durable in the image.
+    pub checkpoint: Position,
+    /// Up to here every member held the order.
+    pub stable: Seq,
+}
+
+/// What a journal holds.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct JournalReport {
+    /// Room for records, bytes.
+    pub capacity_bytes: u64,
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// First record in it; none if it is empty.
+    pub first: Option<Seq>,
+    /// Records in it.
+    pub records: u64,
+    /// Records that are not durable in the image yet.
+    pub unapplied_records: u64,
+    /// Of all records: writes, trims and zeroings.
+    pub changes: u64,
+    /// Of all records: view changes.
+    pub view_changes: u64,
+}
+
+impl fmt::Display for InspectReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let journal = &self.journal;
+        writeln!(f, "volume      {} ({})", self.volume, self.uuid)?;
+        writeln!(f, "replica     {}, {} bytes", self.replica, self.size_bytes)?;
+        writeln!(f, "position    epoch {}, record {}", self.position.epoch, self.position.seq)?;
+        writeln!(f, "promised    epoch {}", self.promised)?;
+        writeln!(f, "view        {}", self.views.view)?;
+        if self.views.previous != self.views.view {
+            writeln!(f, "  before    {} (until record {})", self.views.previous, self.views.seq)?;
+        }
+        writeln!(f, "checkpoint  record {}", self.checkpoint.seq)?;
+        writeln!(f, "stable      record {}", self.stable)?;
+        let percent = journal.used_bytes as f64 * 100.0 / journal.capacity_bytes as f64;
+        writeln!(f, "journal     {} records, {percent:.1} % of {} bytes", journal.records, journal.capacity_bytes)?;
+        writeln!(f, "  unapplied {} records", journal.unapplied_records)?;
+        let closed = if self.clean { "yes" } else { "no (the next start replays the journal)" };
+        writeln!(f, "clean       {closed}")?;
+        write!(f, "syncing     {}", if self.syncing { "yes" } else { "no" })
+    }
+}
+
+struct Opened {
+    superblock: Superblock,
+    files: ReplicaFiles,
+}
+
+fn open(dir: &Path) -> Result<Opened, DirectoryError> {
+    let (superblock, file) = directory::read_superblock(dir)?;
+    let files = directory::open_files(dir, &superblock.identity, file)?;
+    Ok(Opened { superblock, files })
+}
+
+fn scan_journal(
+    dir: &Path,
+    opened: &Opened,
+    on_record: &mut dyn FnMut(&protocol::Record),
+) -> Result<Recovered, InspectError> {
+    let superblock = &opened.superblock;
+    let start = ScanStart::of(superblock);
+    scan(opened.files.journal.as_ref(), start, &mut |record| {
+        on_record(&record);
+        Ok(())
+    })
+    .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
+}
+
+/// Reads who the replica in `dir` is and where it stands.
+pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
+    let opened = open(dir)?;
+    let mut superblock = opened.superblock.clone();
+    let checkpoint = superblock.checkpoint;
+    let mut journal =
+        JournalReport { capacity_bytes: capacity_bytes(superblock.identity.journal_bytes), ..JournalReport::default() };
+    let mut position = checkpoint;
+    let recovered = scan_journal(dir, &opened, &mut |record| {
+        position = record.header.position();
+        note_durable(&mut superblock, record);
+        journal.records += 1;
+        journal.unapplied_records += u64::from(record.seq() > checkpoint.seq);
+        match record.header.kind {
+            RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => journal.changes += 1,
+            RecordKind::ViewChange => journal.view_changes += 1,
+            RecordKind::EpochStart => {}
+        }
+    })?;
+    journal.used_bytes = recovered.ring.used_bytes();
+    journal.first = recovered.ring.first();
+    let identity = superblock.identity;
+    Ok(InspectReport {
+        volume: identity.volume.into(),
+        uuid: identity.uuid.to_string(),
+        replica: identity.replica.into(),
+        size_bytes: identity.size_bytes,
+        position,
+        promised: superblock.promised,
+        views: superblock.views,
+        history: superblock.history,
+        syncing: superblock.syncing,
+        clean: superblock.clean,
+        generation: superblock.generation,
+        journal,
+        checkpoint,
+        stable: superblock.stable,
+    })
+}
+
+/// A block whose bytes do not match its checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct BadBlock {
+    /// Its first byte in the volume.
+    pub offset: u64,
+}
+
+impl fmt::Display for BadBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bad block at byte {} (block {})", self.offset, self.offset / BLOCK_BYTES)
+    }
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifyReport {
+    /// Blocks looked at.
+    pub blocks: u64,
+    /// Blocks that the journal will write again at the next start, and that were therefore not judged.
+    pub in_journal: u64,
+    /// Blocks that are bad.
+    pub bad: Vec<BadBlock>,
+}
+
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Compares every block of the replica in `dir` with its checksum. A replica that was not closed in good order may
+/// have blocks between two states; those that its journal repairs at the next start are not judged.
+pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, InspectError> {
+    let opened = open(dir)?;
+    let image = Image::new(&opened.files);
+    let size = opened.superblock.identity.size_bytes;
+    let checkpoint = opened.superblock.checkpoint.seq;
+    let mut repaired: Vec<ByteRange> = Vec::new();
+    scan_journal(dir, &opened, &mut |record| {
+        if record.seq() > checkpoint && record.header.length > 0 {
+            repaired.push(record.header.range().aligned(BLOCK_BYTES));
+        }
+    })?;
+    repaired.sort_unstable();
+    let in_journal = |block: ByteRange| {
+        let before = repaired.partition_point(|r| r.offset < block.end());
+        repaired[..before].iter().rev().any(|r| r.overlaps(block))
+    };
+    let failed = |cause| InspectError::Image { path: dir.to_owned(), cause };
+    let mut report = VerifyReport { blocks: size / BLOCK_BYTES, in_journal: 0, bad: Vec::new() };
+    let mut offset = 0;
+    while offset < size {
+        let chunk = ByteRange { offset, length: CHUNK_BYTES.min(size - offset) };
+        if image.read_verified(chunk).map_err(failed)?.is_err() || repaired.iter().any(|r| r.overlaps(chunk)) {
+            for offset in (chunk.offset..chunk.end()).step_by(BLOCK_BYTES as usize) {
+                let block = ByteRange { offset, length: BLOCK_BYTES };
+                if in_journal(block) {
+                    report.in_journal += 1;
+                } else if image.read_verified(block).map_err(failed)?.is_err() {
+                    report.bad.push(BadBlock { offset });
+                }
+            }
+        }
+        offset = chunk.end();
+        progress(offset, size);
+    }
+    Ok(report)
+}

@@ -1,0 +1,130 @@
+//! Records of the journal in bytes: encoding a group, decoding one record.
+
+use bytes::{BufMut, Bytes};
+use protocol::checksum::crc32;
+use protocol::cursor::Reader;
+use protocol::record::JOURNAL_RECORD_OVERHEAD_BYTES;
+use protocol::{BLOCK_BYTES, Record, RecordHeader, Seq};
+
+use crate::disk::aligned::AlignedBuffer;
+
+/// Bytes before the payload of each record.
+pub const ENTRY_HEADER_BYTES: usize = JOURNAL_RECORD_OVERHEAD_BYTES as usize;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"NBJR");
+const _: () = assert!(ENTRY_HEADER_BYTES == 32 + RecordHeader::BYTES);
+
+/// The header of a journaled record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryHeader {
+    /// The opening of the replica in which it was written.
+    pub generation: u64,
+    /// The first record of its group: all before that were durable when the group was written.
+    pub group_first: Seq,
+    /// The record's own header.
+    pub record: RecordHeader,
+}
+
+impl EntryHeader {
+    /// Reads a header; `None` if the bytes are no sound one.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<EntryHeader> {
+        let mut r = Reader::new(bytes.get(..ENTRY_HEADER_BYTES)?);
+        let magic = r.u32("magic").ok()?;
+        let crc = r.u32("crc").ok()?;
+        if magic != MAGIC || crc != crc32(&bytes[8..ENTRY_HEADER_BYTES]) {
+            return None;
+        }
+        let generation = r.u64("generation").ok()?;
+        let group_first = Seq(r.u64("group first").ok()?);
+        r.u64("reserved").ok()?;
+        Some(EntryHeader { generation, group_first, record: RecordHeader::decode(&mut r).ok()? })
+    }
+
+    /// Bytes of the record in the journal, header included.
+    #[must_use]
+    pub fn entry_bytes(&self) -> u64 {
+        ENTRY_HEADER_BYTES as u64 + u64::from(self.record.payload_length)
+    }
+}
+
+/// Bytes that a group of these records takes.
+#[must_use]
+pub fn group_bytes<'a>(records: impl IntoIterator<Item = &'a Record>) -> u64 {
+    let packed: u64 = records.into_iter().map(|r| (ENTRY_HEADER_BYTES + r.payload.len()) as u64).sum();
+    packed.next_multiple_of(BLOCK_BYTES)
+}
+
+/// Encodes a group.
+///
+/// # Panics
+/// If there are no records.
+#[must_use]
+pub fn encode(generation: u64, records: &[Record]) -> AlignedBuffer {
+    let mut out = AlignedBuffer::with_capacity(group_bytes(records) as usize);
+    let group_first = records[0].seq();
+    for record in records {
+        let mut fields = Vec::with_capacity(ENTRY_HEADER_BYTES);
+        fields.put_u64_le(generation);
+        fields.put_u64_le(group_first.0);
+        fields.put_u64_le(0);
+        record.header.encode(&mut fields);
+        out.put(&MAGIC.to_le_bytes());
+        out.put(&crc32(&fields).to_le_bytes());
+        out.put(&fields);
+        out.put(&record.payload);
+    }
+    out.pad_to_block();
+    out
+}
+
+/// Decodes the records of one group, as long as they are sound and in order.
+#[must_use]
+pub fn decode(bytes: &Bytes) -> Vec<Record> {
+    let mut records: Vec<Record> = Vec::new();
+    let mut at = 0;
+    while let Some(entry) = bytes.get(at..).and_then(EntryHeader::decode) {
+        let start = at + ENTRY_HEADER_BYTES;
+        let end = start + entry.record.payload_length as usize;
+        if end > bytes.len() {
+            break;
+        }
+        let record = Record { header: entry.record, payload: bytes.slice(start..end) };
+        let follows = records.last().is_none_or(|last| last.seq().next() == record.seq());
+        if !follows || record.check_payload().is_err() {
+            break;
+        }
+        records.push(record);
+        at = end;
+    }
+    records
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use protocol::ranges::ByteRange;
+    use protocol::{Epoch, Position, RecordKind};
+
+    pub(crate) fn write(seq: u64, length: usize) -> Record {
+        let position = Position { epoch: Epoch(1), seq: Seq(seq) };
+        let range = ByteRange { offset: 0, length: length as u64 };
+        Record::new(position, RecordKind::Write, range, vec![seq as u8; length].into())
+    }
+
+    #[test]
+    fn a_group_comes_back_as_it_was() {
+        let records = [write(1, 100), write(2, 4096), write(3, 1)];
+        let bytes = encode(1, &records);
+        assert_eq!(bytes.len() as u64, group_bytes(&records));
+        assert_eq!(decode(&Bytes::copy_from_slice(bytes.as_slice())), records);
+    }
+
+    #[test]
+    fn a_damaged_record_ends_the_group() {
+        let records = [write(1, 100), write(2, 4096), write(3, 1)];
+        let mut bytes = encode(1, &records).as_slice().to_vec();
+        bytes[100 + 2 * ENTRY_HEADER_BYTES + 50] ^= 1;
+        assert_eq!(decode(&bytes.into()), records[..1]);
+    }
+}

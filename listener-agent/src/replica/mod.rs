@@ -1,0 +1,695 @@
+//! One replica as a state machine: what it admits, in which order it journals and applies, what it promises.
+//!
+//! A record goes through four stations, each a prefix of the one before: *received* (in memory), *durable* (in the
+//! journal), *applied* (in the image), *checkpointed* (the image is durable up to there). The machine hands out one job
+//! of each sort at a time - write a group, apply a batch, write a superblock - and any number of reads, and is told how
+//! each ended. Threads around it ([`crate::host`]) or a simulation do the work.
+//!
+//! **Invariants**
+//! * Nothing is applied before it is durable, nothing is acknowledged before it is durable.
+//! * From a promise on (in memory, before it is durable), nothing of an older session is journaled that was not already
+//!   being written; the promise is answered with the position that is durable then. So the position told to a new engine
+//!   can no longer change behind its back.
+//! * A read and a record that touch the same block are never at work together, and a read sees every record that was
+//!   received before it.
+//! * Journal space is reused only after the superblock that gives it up is durable.
+//! * No clock, file, socket, thread or randomness in here: time is an argument.
+
+mod lease;
+mod reads;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use protocol::message::{Condition, EngineId, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
+use protocol::ranges::ByteRange;
+use protocol::record::ViewChange;
+use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
+
+use crate::journal::group::{ENTRY_HEADER_BYTES, group_bytes};
+use crate::journal::ring::{Ring, Segment};
+use crate::journal::{group_bytes_max, record_payload_bytes_max};
+use crate::superblock::{JournalTail, Superblock};
+use lease::Leases;
+pub use reads::ReadJob;
+use reads::ReadQueue;
+
+/// One connection of an engine.
+pub type SessionId = u64;
+/// Time since a fixed moment of the process.
+pub type Time = Duration;
+
+/// Payload received but not applied, at most, bytes. An engine keeps far fewer in flight.
+pub const PENDING_BYTES_MAX: u64 = 64 << 20;
+/// Reads asked for but not done, at most.
+pub const READS_MAX: usize = 1024;
+/// Changes are checkpointed after this time even if the journal has room: it bounds the replay after a crash.
+pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
+
+const APPLY_BATCH_RECORDS_MAX: usize = 128;
+const APPLY_BATCH_BYTES_MAX: u64 = 4 << 20;
+const FETCH_BYTES_MAX: u64 = 4 << 20;
+const NO_SPACE_RETRY: Duration = Duration::from_millis(500);
+
+/// A group to write to the journal.
+#[derive(Debug)]
+pub struct GroupJob {
+    /// Where, bytes behind the journal's header.
+    pub offset: u64,
+    /// Goes into each record.
+    pub generation: u64,
+    /// The records.
+    pub records: Vec<Record>,
+}
+
+/// A superblock to write.
+#[derive(Debug)]
+pub struct MetadataJob {
+    /// Whether the image must be made durable first.
+    pub sync_image: bool,
+    /// What to write.
+    pub superblock: Superblock,
+}
+
+/// Records to read from the journal for another member.
+#[derive(Clone, Debug)]
+pub struct FetchJob {
+    session: SessionId,
+    from: Seq,
+    to: Seq,
+    /// Where they are.
+    pub segments: Vec<Segment>,
+}
+
+/// Why a batch was not applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApplyError {
+    /// The disk is full: worth another try later.
+    NoSpace,
+    /// Anything else.
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct PendingPromise {
+    session: SessionId,
+    /// A job with the promise in it is being written.
+    writing: bool,
+}
+
+/// Figures for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Groups written.
+    pub groups: u64,
+    /// Records made durable.
+    pub records: u64,
+    /// Times that the journal started over at its beginning.
+    pub wraps: u64,
+    /// Checkpoints taken.
+    pub checkpoints: u64,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Replica {
+    /// What the next superblock says. Its views and history are as of `durable`.
+    superblock: Superblock,
+    ring: Ring,
+    received: Position,
+    durable: Position,
+    applied: Position,
+    /// Records after `applied`, up to `received`.
+    pending: VecDeque<Record>,
+    pending_bytes: u64,
+    /// The last record of the group being written.
+    writing: Option<Position>,
+    /// The last record of the batch being applied.
+    applying: Option<Position>,
+    metadata_busy: bool,
+    reads: ReadQueue,
+    fetches: VecDeque<FetchJob>,
+    sessions: BTreeMap<SessionId, EngineId>,
+    /// The session whose records are admitted.
+    current: Option<SessionId>,
+    promise: Option<PendingPromise>,
+    leases: Leases,
+    condition: Condition,
+    apply_retry_at: Time,
+    checkpoint_due: bool,
+    last_checkpoint_at: Time,
+    closing: bool,
+    closed: bool,
+    last_group_offset: u64,
+    counters: Counters,
+    outbox: VecDeque<(SessionId, ToEngine)>,
+}
+
+impl Replica {
+    /// A replica whose journal was recovered and replayed up to `durable`. `superblock` is the one that was just written
+    /// for this opening, with views and history brought up to `durable`. With `old_engines_gone` no earlier engine can
+    /// still be alive (it would have run in a process that held this replica's lock).
+    #[must_use]
+    pub fn new(superblock: Superblock, ring: Ring, durable: Position, now: Time, old_engines_gone: bool) -> Replica {
+        let lease_ms = if old_engines_gone { 0 } else { superblock.lease_ms };
+        let leases = Leases::at_open(superblock.engine, Duration::from_millis(lease_ms.into()), now);
+        Replica {
+            superblock,
+            ring,
+            received: durable,
+            durable,
+            applied: durable,
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            writing: None,
+            applying: None,
+            metadata_busy: false,
+            reads: ReadQueue::default(),
+            fetches: VecDeque::new(),
+            sessions: BTreeMap::new(),
+            current: None,
+            promise: None,
+            leases,
+            condition: Condition::Healthy,
+            apply_retry_at: Time::ZERO,
+            checkpoint_due: false,
+            last_checkpoint_at: now,
+            closing: false,
+            closed: false,
+            last_group_offset: 0,
+            counters: Counters::default(),
+            outbox: VecDeque::new(),
+        }
+    }
+
+    /// The last durable record.
+    #[must_use]
+    pub fn durable(&self) -> Position {
+        self.durable
+    }
+
+    /// The last applied record.
+    #[must_use]
+    pub fn applied(&self) -> Position {
+        self.applied
+    }
+
+    /// The superblock as it would be written now.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// Figures for people.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// How well the replica is.
+    #[must_use]
+    pub fn condition(&self) -> Condition {
+        self.condition
+    }
+
+    /// Whether the last superblock of [`Replica::close`] is written.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Takes the next message for a session. After a [`ToEngine::Refused`] the session is over.
+    pub fn poll_outbox(&mut self) -> Option<(SessionId, ToEngine)> {
+        self.outbox.pop_front()
+    }
+
+    // ---- sessions and promises ---------------------------------------------------------------------------------
+
+    /// An engine said hello.
+    pub fn open_session(&mut self, session: SessionId, engine: EngineId, now: Time) {
+        self.sessions.insert(session, engine);
+        if self.condition == Condition::Poisoned || self.closing {
+            let text = if self.closing { "the agent is stopping" } else { "a durable write failed; restart the agent" };
+            return self.refuse(session, RefusedReason::Unusable, text);
+        }
+        let identity = &self.superblock.identity;
+        let welcome = Welcome {
+            uuid: identity.uuid,
+            size_bytes: identity.size_bytes,
+            journal_bytes: identity.journal_bytes,
+            record_payload_bytes_max: record_payload_bytes_max(identity.journal_bytes),
+            promised: self.superblock.promised,
+            other_engine_ms_ago: self.leases.other_ms_ago(engine, now),
+        };
+        self.outbox.push_back((session, ToEngine::Welcome(welcome)));
+    }
+
+    /// The connection is gone.
+    pub fn close_session(&mut self, session: SessionId) {
+        self.sessions.remove(&session);
+        if self.current == Some(session) {
+            self.current = None;
+        }
+        if self.promise.is_some_and(|p| p.session == session && !p.writing) {
+            self.promise = None;
+        }
+        self.reads.drop_session(session);
+        self.fetches.retain(|f| f.session != session);
+    }
+
+    fn refuse(&mut self, session: SessionId, reason: RefusedReason, text: &str) {
+        if self.sessions.contains_key(&session) {
+            self.outbox.push_back((session, ToEngine::Refused(Refused { reason, text: text.to_owned() })));
+            self.close_session(session);
+        }
+    }
+
+    fn refuse_protocol(&mut self, session: SessionId, text: &str) {
+        self.refuse(session, RefusedReason::Protocol, text);
+    }
+
+    fn refuse_fenced(&mut self, session: SessionId) {
+        let promised = self.superblock.promised;
+        self.refuse(session, RefusedReason::Fenced { promised }, &format!("epoch {promised} was promised since"));
+    }
+
+    /// A message of a session that said hello.
+    pub fn handle(&mut self, now: Time, session: SessionId, message: ToAgent) {
+        let Some(engine) = self.sessions.get(&session).copied() else { return };
+        match message {
+            ToAgent::Promise { epoch, engine: asking, lease_ms } if asking == engine => {
+                self.on_promise(now, session, epoch, engine, lease_ms);
+            }
+            ToAgent::Promise { .. } | ToAgent::Hello(_) | ToAgent::Format(_) => {
+                self.refuse_protocol(session, "the replica is there and the session has begun");
+            }
+            ToAgent::Append(_)
+            | ToAgent::Stable { .. }
+            | ToAgent::Ping { .. }
+            | ToAgent::Read { .. }
+            | ToAgent::Fetch { .. }
+            | ToAgent::Goodbye
+                if self.current != Some(session) =>
+            {
+                self.refuse_fenced(session);
+            }
+            ToAgent::Append(record) => self.on_append(session, record),
+            ToAgent::Stable { seq } => {
+                self.superblock.stable = self.superblock.stable.max(seq.min(self.durable.seq));
+            }
+            ToAgent::Ping { token } => {
+                self.leases.confirm(now);
+                self.outbox.push_back((session, ToEngine::Pong { token }));
+            }
+            ToAgent::Read { id, offset, length } => self.on_read(session, id, offset, length),
+            ToAgent::Fetch { from, to } => {
+                let segments = self.ring.segments_of(from, to.min(self.durable.seq), FETCH_BYTES_MAX);
+                self.fetches.push_back(FetchJob { session, from, to: to.min(self.durable.seq), segments });
+            }
+            ToAgent::Goodbye => {
+                self.leases.release();
+                self.superblock.lease_ms = 0;
+                self.checkpoint_due = true;
+            }
+        }
+    }
+
+    fn on_promise(&mut self, now: Time, session: SessionId, epoch: Epoch, engine: EngineId, lease_ms: u32) {
+        let promised = self.superblock.promised;
+        let same_engine = epoch == promised && engine == self.superblock.engine;
+        if epoch < promised || (epoch == promised && !same_engine) || epoch == Epoch(0) {
+            return self.refuse_fenced(session);
+        }
+        self.leases.promise(engine, Duration::from_millis(lease_ms.into()), now);
+        self.superblock.promised = epoch;
+        self.superblock.engine = engine;
+        self.superblock.lease_ms = lease_ms;
+        let others: Vec<SessionId> = self.sessions.keys().copied().filter(|s| *s != session).collect();
+        for other in others {
+            let was_serving = self.current == Some(other) || self.promise.is_some_and(|p| p.session == other);
+            if was_serving {
+                self.refuse_fenced(other);
+            }
+        }
+        self.current = None;
+        self.forget_unwritten();
+        self.promise = Some(PendingPromise { session, writing: false });
+    }
+
+    /// Drops what was received but is not yet being made durable.
+    fn forget_unwritten(&mut self) {
+        let kept = self.writing.unwrap_or(self.durable);
+        while self.pending.back().is_some_and(|r| r.seq() > kept.seq) {
+            let dropped = self.pending.pop_back().expect("just seen");
+            self.pending_bytes -= u64::from(dropped.header.payload_length);
+        }
+        self.received = kept;
+    }
+
+    fn on_promise_durable(&mut self, now: Time, promise: PendingPromise) {
+        self.promise = None;
+        if !self.sessions.contains_key(&promise.session) {
+            return;
+        }
+        self.current = Some(promise.session);
+        let promised = Promised {
+            epoch: self.superblock.promised,
+            position: self.durable,
+            views: self.superblock.views.clone(),
+            history: self.superblock.history.clone(),
+            syncing: self.superblock.syncing,
+            journal_first: self.ring.first().unwrap_or(self.durable.seq.next()),
+            lease_remaining_ms: self.leases.remaining_ms(now),
+        };
+        self.outbox.push_back((promise.session, ToEngine::Promised(promised)));
+        if self.condition != Condition::Healthy {
+            self.outbox.push_back((promise.session, ToEngine::Condition(self.condition)));
+        }
+    }
+
+    // ---- records -----------------------------------------------------------------------------------------------
+
+    fn on_append(&mut self, session: SessionId, record: Record) {
+        if let Err(text) = self.check_append(&record) {
+            return self.refuse_protocol(session, &text);
+        }
+        self.received = record.header.position();
+        self.pending_bytes += u64::from(record.header.payload_length);
+        self.pending.push_back(record);
+    }
+
+    fn check_append(&self, record: &Record) -> Result<(), String> {
+        let header = &record.header;
+        let expected = self.received.seq.next();
+        if header.seq != expected {
+            return Err(format!("record {} came where {expected} was due", header.seq));
+        }
+        if header.epoch > self.superblock.promised || header.epoch < self.received.epoch {
+            return Err(format!("record {} is of epoch {}", header.seq, header.epoch));
+        }
+        if header.payload_length > record_payload_bytes_max(self.superblock.identity.journal_bytes) {
+            return Err(format!("record {} is longer than the journal allows", header.seq));
+        }
+        if self.pending_bytes > PENDING_BYTES_MAX {
+            return Err("more records are in flight than may be".to_owned());
+        }
+        header.check_range(self.superblock.identity.size_bytes).map_err(|e| e.to_string())?;
+        record.check_payload().map_err(|e| e.to_string())?;
+        if header.kind == RecordKind::ViewChange {
+            ViewChange::decode(&record.payload).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Replica::next_group`] may have a job.
+    #[must_use]
+    pub fn has_group(&self) -> bool {
+        self.writing.is_none() && self.received > self.durable && self.condition != Condition::Poisoned
+    }
+
+    /// The next group to write durably; [`Replica::group_done`] must follow.
+    pub fn next_group(&mut self) -> Option<GroupJob> {
+        if !self.has_group() {
+            return None;
+        }
+        let bytes_max = group_bytes_max(self.superblock.identity.journal_bytes);
+        let skip = self.durable.seq.ahead_of(self.applied.seq) as usize;
+        let mut bytes = 0;
+        let records: Vec<Record> = self
+            .pending
+            .iter()
+            .skip(skip)
+            .take_while(|r| {
+                bytes += (ENTRY_HEADER_BYTES + r.payload.len()) as u64;
+                bytes <= bytes_max
+            })
+            .cloned()
+            .collect();
+        let (first, last) = (records.first()?.seq(), records.last()?.header.position());
+        let Some(offset) = self.ring.take(group_bytes(&records), first, last.seq) else {
+            self.checkpoint_due = true;
+            return None;
+        };
+        if offset < self.last_group_offset {
+            self.counters.wraps += 1;
+        }
+        self.last_group_offset = offset;
+        self.writing = Some(last);
+        Some(GroupJob { offset, generation: self.superblock.generation, records })
+    }
+
+    /// The group was written, or was not.
+    pub fn group_done(&mut self, written: bool) {
+        let last = self.writing.take().expect("a group was being written");
+        if !written {
+            return self.poison();
+        }
+        let first = self.durable.seq.ahead_of(self.applied.seq) as usize;
+        let count = last.seq.ahead_of(self.durable.seq) as usize;
+        for record in self.pending.iter().skip(first).take(count) {
+            note_durable(&mut self.superblock, record);
+        }
+        self.counters.groups += 1;
+        self.counters.records += count as u64;
+        self.durable = last;
+        if let Some(session) = self.current {
+            self.outbox.push_back((session, ToEngine::Durable { seq: last.seq }));
+        }
+    }
+
+    fn poison(&mut self) {
+        self.condition = Condition::Poisoned;
+        if let Some(session) = self.current {
+            self.outbox.push_back((session, ToEngine::Condition(Condition::Poisoned)));
+        }
+        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+        for session in sessions {
+            self.refuse(session, RefusedReason::Unusable, "a durable write failed; restart the agent");
+        }
+    }
+
+    /// Whether [`Replica::next_apply`] may have a job now.
+    #[must_use]
+    pub fn has_apply(&self, now: Time) -> bool {
+        self.applying.is_none()
+            && self.durable > self.applied
+            && now >= self.apply_retry_at
+            && self.condition != Condition::Poisoned
+            && self.pending.front().is_some_and(|r| !self.reads.blocks(r.header.range()))
+    }
+
+    /// The next batch to apply to the image, in order; [`Replica::apply_done`] must follow.
+    pub fn next_apply(&mut self, now: Time) -> Option<Vec<Record>> {
+        if !self.has_apply(now) {
+            return None;
+        }
+        let mut bytes = 0;
+        let batch: Vec<Record> = self
+            .pending
+            .iter()
+            .take_while(|r| r.seq() <= self.durable.seq && !self.reads.blocks(r.header.range()))
+            .take(APPLY_BATCH_RECORDS_MAX)
+            .take_while(|r| {
+                let fits = bytes <= APPLY_BATCH_BYTES_MAX;
+                bytes += u64::from(r.header.payload_length);
+                fits
+            })
+            .cloned()
+            .collect();
+        self.applying = Some(batch.last()?.header.position());
+        Some(batch)
+    }
+
+    /// The batch was applied, or was not.
+    pub fn apply_done(&mut self, now: Time, outcome: Result<(), ApplyError>) {
+        let last = self.applying.take().expect("a batch was being applied");
+        match outcome {
+            Ok(()) => {
+                while self.pending.front().is_some_and(|r| r.seq() <= last.seq) {
+                    let record = self.pending.pop_front().expect("just seen");
+                    self.pending_bytes -= u64::from(record.header.payload_length);
+                }
+                self.applied = last;
+                self.reads.on_applied(last.seq);
+                self.tell_condition(Condition::Healthy);
+            }
+            Err(ApplyError::NoSpace) => {
+                // The records are safe in the journal; space may be made for them.
+                self.apply_retry_at = now + NO_SPACE_RETRY;
+                self.tell_condition(Condition::NoSpace);
+            }
+            Err(ApplyError::Failed) => self.poison(),
+        }
+    }
+
+    fn tell_condition(&mut self, condition: Condition) {
+        if self.condition != condition {
+            self.condition = condition;
+            if let Some(session) = self.current {
+                self.outbox.push_back((session, ToEngine::Condition(condition)));
+            }
+        }
+    }
+
+    // ---- reads -------------------------------------------------------------------------------------------------
+
+    fn on_read(&mut self, session: SessionId, id: u64, offset: u64, length: u32) {
+        let range = ByteRange { offset, length: length.into() };
+        let sound = length > 0
+            && length <= RECORD_PAYLOAD_BYTES_MAX
+            && offset.checked_add(length.into()).is_some_and(|end| end <= self.superblock.identity.size_bytes);
+        if !sound || self.reads.len() >= READS_MAX {
+            return self.refuse_protocol(session, &format!("read of {offset}+{length} cannot be taken"));
+        }
+        let job = ReadJob { session, id, range };
+        let must_see = self.pending.iter().rev().find(|r| r.header.range().shares_block(range));
+        match must_see.map(Record::seq) {
+            Some(seq) => self.reads.wait_for(seq, job),
+            None => self.reads.make_ready(job),
+        }
+    }
+
+    /// Whether [`Replica::next_read`] has a job.
+    #[must_use]
+    pub fn has_read(&self) -> bool {
+        self.reads.has_ready()
+    }
+
+    /// The next read; [`Replica::read_done`] must follow. Several may be at work at once.
+    pub fn next_read(&mut self) -> Option<ReadJob> {
+        self.reads.start()
+    }
+
+    /// A read ended.
+    pub fn read_done(&mut self, job: ReadJob, outcome: ReadOutcome) {
+        self.reads.finish(job);
+        if self.current == Some(job.session) {
+            // Records being applied side by side do not touch the read's blocks; naming them is only cautious.
+            let applied = self.applying.unwrap_or(self.applied).seq;
+            self.outbox.push_back((job.session, ToEngine::ReadDone { id: job.id, applied, outcome }));
+        }
+    }
+
+    /// The next journal read for another member; [`Replica::fetch_done`] must follow.
+    pub fn next_fetch(&mut self) -> Option<FetchJob> {
+        self.fetches.pop_front()
+    }
+
+    /// Whether [`Replica::next_fetch`] has a job.
+    #[must_use]
+    pub fn has_fetch(&self) -> bool {
+        !self.fetches.is_empty()
+    }
+
+    /// The records of the job's segments, as far as they could be read.
+    pub fn fetch_done(&mut self, job: &FetchJob, records: Vec<Record>) {
+        if self.current != Some(job.session) {
+            return;
+        }
+        let mut next = job.from;
+        for record in records {
+            if record.seq() == next && next <= job.to {
+                next = next.next();
+                self.outbox.push_back((job.session, ToEngine::Fetched(record)));
+            }
+        }
+        self.outbox.push_back((job.session, ToEngine::FetchEnd { next }));
+    }
+
+    // ---- superblock --------------------------------------------------------------------------------------------
+
+    /// Ends the replica's work: no session is served from here on, and once everything durable is applied the last
+    /// superblock says that the replica is clean.
+    pub fn close(&mut self) {
+        self.closing = true;
+        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+        for session in sessions {
+            self.refuse(session, RefusedReason::Unusable, "the agent is stopping");
+        }
+        self.promise = self.promise.filter(|p| p.writing);
+    }
+
+    fn releasable(&self) -> Seq {
+        self.applied.seq.min(self.superblock.stable)
+    }
+
+    fn wants_checkpoint(&self, now: Time) -> bool {
+        if self.closing {
+            return self.received == self.applied;
+        }
+        let freed = self.ring.releasable_bytes(self.releasable());
+        let under_pressure = self.ring.used_bytes() > self.ring.capacity() / 2 && freed > self.ring.capacity() / 8;
+        let changed = self.applied != self.superblock.checkpoint;
+        let waited = now.saturating_sub(self.last_checkpoint_at) >= CHECKPOINT_INTERVAL;
+        under_pressure || (self.checkpoint_due && (changed || freed > 0)) || (waited && changed)
+    }
+
+    /// Whether [`Replica::next_metadata`] has a job.
+    #[must_use]
+    pub fn has_metadata(&self, now: Time) -> bool {
+        let promise = self.promise.is_some() && self.writing.is_none();
+        let may = !self.metadata_busy && !self.closed && self.condition != Condition::Poisoned;
+        may && (promise || self.wants_checkpoint(now))
+    }
+
+    /// The next superblock to write; [`Replica::metadata_done`] must follow.
+    pub fn next_metadata(&mut self, now: Time) -> Option<MetadataJob> {
+        if !self.has_metadata(now) {
+            return None;
+        }
+        self.metadata_busy = true;
+        let mut superblock = self.superblock.clone();
+        superblock.write_count += 1;
+        if let Some(promise) = &mut self.promise
+            && self.writing.is_none()
+        {
+            promise.writing = true;
+            return Some(MetadataJob { sync_image: false, superblock });
+        }
+        self.checkpoint_due = false;
+        self.last_checkpoint_at = now;
+        superblock.checkpoint = self.applied;
+        let (offset, seq) = self.ring.tail_after(self.releasable(), self.durable.seq.next());
+        // Where nothing is kept, nothing of an earlier opening may be taken for what comes next.
+        let generation = if seq > self.durable.seq { superblock.generation } else { superblock.tail.generation };
+        superblock.tail = JournalTail { offset, seq, generation };
+        superblock.clean = self.closing;
+        Some(MetadataJob { sync_image: true, superblock })
+    }
+
+    /// The superblock is durable, or is not.
+    pub fn metadata_done(&mut self, now: Time, job: &MetadataJob, written: bool) {
+        self.metadata_busy = false;
+        if !written {
+            return self.poison();
+        }
+        let written = &job.superblock;
+        self.superblock.write_count = written.write_count;
+        self.superblock.checkpoint = written.checkpoint;
+        self.superblock.tail = written.tail;
+        self.ring.release_before(written.tail.seq);
+        if job.sync_image {
+            self.counters.checkpoints += 1;
+        }
+        self.closed = written.clean;
+        if let Some(promise) = self.promise
+            && promise.writing
+        {
+            self.on_promise_durable(now, promise);
+        }
+    }
+}
+
+/// Brings views and history up to a record that is durable.
+pub fn note_durable(superblock: &mut Superblock, record: &Record) {
+    let position = record.header.position();
+    if superblock.history.entries().last().is_none_or(|last| last.epoch < position.epoch) {
+        superblock.history.note(position);
+    }
+    if record.header.kind == RecordKind::ViewChange && position.seq > superblock.views.seq {
+        let change = ViewChange::decode(&record.payload).expect("view changes are checked before they are journaled");
+        superblock.views.change(change.view, position.seq);
+    }
+}

@@ -1,0 +1,80 @@
+//! Reads that a replica was asked for: waiting for records they must see, ready, or at work.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use protocol::Seq;
+use protocol::ranges::ByteRange;
+
+use super::SessionId;
+
+/// One read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadJob {
+    /// Who asked.
+    pub session: SessionId,
+    /// The engine's name for it.
+    pub id: u64,
+    /// What to read.
+    pub range: ByteRange,
+}
+
+/// All reads of a replica.
+#[derive(Debug, Default)]
+pub(super) struct ReadQueue {
+    /// By the record that must be applied first.
+    waiting: BTreeMap<Seq, Vec<ReadJob>>,
+    ready: VecDeque<ReadJob>,
+    active: Vec<ReadJob>,
+}
+
+impl ReadQueue {
+    pub(super) fn len(&self) -> usize {
+        self.waiting.values().map(Vec::len).sum::<usize>() + self.ready.len() + self.active.len()
+    }
+
+    pub(super) fn wait_for(&mut self, seq: Seq, job: ReadJob) {
+        self.waiting.entry(seq).or_default().push(job);
+    }
+
+    pub(super) fn make_ready(&mut self, job: ReadJob) {
+        self.ready.push_back(job);
+    }
+
+    pub(super) fn on_applied(&mut self, seq: Seq) {
+        while let Some(entry) = self.waiting.first_entry() {
+            if *entry.key() > seq {
+                break;
+            }
+            self.ready.extend(entry.remove());
+        }
+    }
+
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    pub(super) fn start(&mut self) -> Option<ReadJob> {
+        let job = self.ready.pop_front()?;
+        self.active.push(job);
+        Some(job)
+    }
+
+    pub(super) fn finish(&mut self, job: ReadJob) {
+        let at = self.active.iter().position(|a| *a == job).expect("a read ends once, after it started");
+        self.active.swap_remove(at);
+    }
+
+    /// Whether a read at work touches a block of `range`.
+    pub(super) fn blocks(&self, range: ByteRange) -> bool {
+        self.active.iter().any(|a| a.range.shares_block(range))
+    }
+
+    /// Forgets what other sessions asked for and what is not at work yet.
+    pub(super) fn drop_session(&mut self, session: SessionId) {
+        for jobs in self.waiting.values_mut() {
+            jobs.retain(|j| j.session != session);
+        }
+        self.waiting.retain(|_, jobs| !jobs.is_empty());
+        self.ready.retain(|j| j.session != session);
+    }
+}

@@ -1,0 +1,343 @@
+//! The superblock: who a replica is, what it promised, and where its recovery starts. Two slots in one file are written
+//! in turn; of the slots that are whole the later one counts, so a torn write costs nothing but the write.
+//!
+//! ```text
+//! slot at 0 and at 64 KiB (in multiples of 4 KiB):
+//! 0   8 bytes  magic "NBCASTSB"      16  u32  bytes of body
+//! 8   u32      format version        20  u32  CRC-32 of bytes 0..20 and the body
+//! 12  u32      reserved              24       body, in the order of the fields of Superblock
+//! ```
+//!
+//! **Invariant:** only [`crate::replica`] decides what a superblock says, and nothing that it frees (journal space, an
+//! older promise) is used before the superblock that frees it is durable.
+
+use std::io;
+
+use bytes::{BufMut, BytesMut};
+use protocol::checksum::crc32_of_two;
+use protocol::cursor::{self, Malformed, Reader};
+use protocol::message::EngineId;
+use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, ReplicaName, Seq, ViewState, VolumeUuid};
+
+use crate::disk::RawFile;
+use crate::disk::aligned::AlignedBuffer;
+
+/// Version of all formats in a replica's directory.
+pub const FORMAT_VERSION: u32 = 1;
+/// Bytes of one slot.
+pub const SLOT_BYTES: u64 = 64 * 1024;
+/// Bytes of the file.
+pub const FILE_BYTES: u64 = 2 * SLOT_BYTES;
+
+const MAGIC: &[u8; 8] = b"NBCASTSB";
+const PREFIX_BYTES: usize = 24;
+
+/// What never changes in the life of a replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The volume's identity.
+    pub uuid: VolumeUuid,
+    /// The volume's name.
+    pub volume: ReplicaName,
+    /// The replica's name.
+    pub replica: ReplicaName,
+    /// Size of the volume, bytes; a multiple of a block.
+    pub size_bytes: u64,
+    /// Size of the journal file, bytes; a multiple of a block.
+    pub journal_bytes: u64,
+}
+
+/// Where the journal starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JournalTail {
+    /// Where the oldest record kept is, or would be: bytes behind the journal's header.
+    pub offset: u64,
+    /// Its place in the order.
+    pub seq: Seq,
+    /// Records of an older generation found here are leftovers.
+    pub generation: u64,
+}
+
+/// The superblock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// Who the replica is.
+    pub identity: Identity,
+    /// Counts the writes of superblocks; the slot with the higher one counts.
+    pub write_count: u64,
+    /// Counts the openings of the replica. Journal records carry it, so that leftovers of an earlier life are known.
+    pub generation: u64,
+    /// Whether the replica was closed in good order and not opened since.
+    pub clean: bool,
+    /// No engine of a lower epoch is served.
+    pub promised: Epoch,
+    /// To whom that was promised.
+    pub engine: EngineId,
+    /// How long that engine counts on the promise after it last heard of it, ms; 0 once it left in good order.
+    pub lease_ms: u32,
+    /// Whether the replica is being copied to and cannot stand for the volume.
+    pub syncing: bool,
+    /// The last record whose effect is durable in the image.
+    pub checkpoint: Position,
+    /// Views as of some durable record at or after the checkpoint; `views.seq` tells which view records are in it.
+    pub views: ViewState,
+    /// Epoch history as of the same record.
+    pub history: EpochHistory,
+    /// Where the journal starts; at or before the record after the checkpoint.
+    pub tail: JournalTail,
+    /// Up to here every member held the order durably.
+    pub stable: Seq,
+}
+
+/// Why a superblock cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperblockError {
+    /// It cannot be read.
+    #[error("cannot read the superblock: {0}")]
+    Io(#[from] io::Error),
+    /// Neither slot is whole.
+    #[error("neither copy of the superblock is whole")]
+    Damaged,
+    /// It was written by another release.
+    #[error("the replica has format version {found}, this release reads version {FORMAT_VERSION}")]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+}
+
+impl Superblock {
+    fn encode(&self) -> AlignedBuffer {
+        let mut body = BytesMut::new();
+        let id = &self.identity;
+        cursor::put_uuid(&mut body, id.uuid);
+        cursor::put_text(&mut body, id.volume.as_str());
+        cursor::put_text(&mut body, id.replica.as_str());
+        body.put_u64_le(id.size_bytes);
+        body.put_u64_le(id.journal_bytes);
+        body.put_u64_le(self.write_count);
+        body.put_u64_le(self.generation);
+        body.put_u8(u8::from(self.clean));
+        body.put_u64_le(self.promised.0);
+        body.put_slice(&self.engine);
+        body.put_u32_le(self.lease_ms);
+        body.put_u8(u8::from(self.syncing));
+        cursor::put_position(&mut body, self.checkpoint);
+        cursor::put_view_state(&mut body, &self.views);
+        cursor::put_history(&mut body, &self.history);
+        body.put_u64_le(self.tail.offset);
+        body.put_u64_le(self.tail.seq.0);
+        body.put_u64_le(self.tail.generation);
+        body.put_u64_le(self.stable.0);
+
+        let mut prefix = Vec::with_capacity(PREFIX_BYTES);
+        prefix.put_slice(MAGIC);
+        prefix.put_u32_le(FORMAT_VERSION);
+        prefix.put_u32_le(0);
+        prefix.put_u32_le(body.len() as u32);
+        let crc = crc32_of_two(&prefix, &body);
+        prefix.put_u32_le(crc);
+        let mut slot = AlignedBuffer::with_capacity(SLOT_BYTES as usize);
+        slot.put(&prefix);
+        slot.put(&body);
+        slot.pad_to_block();
+        slot
+    }
+
+    fn decode(slot: &[u8]) -> Result<Superblock, SlotError> {
+        let mut r = Reader::new(slot);
+        if r.bytes(8, "magic")? != MAGIC {
+            return Err(SlotError::Damaged);
+        }
+        let version = r.u32("version")?;
+        r.u32("reserved")?;
+        let body_bytes = r.u32("body length")? as usize;
+        let crc = r.u32("checksum")?;
+        let body = r.bytes(body_bytes, "body")?;
+        if crc32_of_two(&slot[..PREFIX_BYTES - 4], body) != crc {
+            return Err(SlotError::Damaged);
+        }
+        // Compared after the checksum: a damaged version field must not pass for a newer release.
+        if version != FORMAT_VERSION {
+            return Err(SlotError::Version(version));
+        }
+        Ok(Self::decode_body(body)?)
+    }
+
+    fn decode_body(body: &[u8]) -> Result<Superblock, Malformed> {
+        let mut r = Reader::new(body);
+        let superblock = Superblock {
+            identity: Identity {
+                uuid: r.uuid("uuid")?,
+                volume: r.name("volume")?,
+                replica: r.name("replica")?,
+                size_bytes: r.u64("size")?,
+                journal_bytes: r.u64("journal size")?,
+            },
+            write_count: r.u64("write count")?,
+            generation: r.u64("generation")?,
+            clean: r.bool("clean")?,
+            promised: Epoch(r.u64("promised")?),
+            engine: r.uuid("engine")?.0,
+            lease_ms: r.u32("lease")?,
+            syncing: r.bool("syncing")?,
+            checkpoint: r.position("checkpoint")?,
+            views: r.view_state("views")?,
+            history: r.history("history")?,
+            tail: JournalTail {
+                offset: r.u64("tail offset")?,
+                seq: Seq(r.u64("tail seq")?),
+                generation: r.u64("tail generation")?,
+            },
+            stable: Seq(r.u64("stable")?),
+        };
+        r.finish("superblock")?;
+        let id = &superblock.identity;
+        let sound = id.size_bytes > 0
+            && id.size_bytes.is_multiple_of(BLOCK_BYTES)
+            && id.journal_bytes >= crate::journal::FILE_BYTES_MIN
+            && id.journal_bytes.is_multiple_of(BLOCK_BYTES)
+            && superblock.tail.offset.is_multiple_of(BLOCK_BYTES)
+            && superblock.tail.offset <= crate::journal::capacity_bytes(id.journal_bytes)
+            && superblock.tail.seq <= superblock.checkpoint.seq.next();
+        if sound { Ok(superblock) } else { Err(Malformed { field: "superblock" }) }
+    }
+
+    /// Reads the slot that counts.
+    pub fn read(file: &dyn RawFile) -> Result<Superblock, SuperblockError> {
+        let mut best: Option<Superblock> = None;
+        let mut other_version = None;
+        for offset in [0, SLOT_BYTES] {
+            let mut slot = vec![0; SLOT_BYTES as usize];
+            file.read_at(offset, &mut slot)?;
+            match Superblock::decode(&slot) {
+                Ok(found) if best.as_ref().is_none_or(|b| b.write_count < found.write_count) => best = Some(found),
+                Ok(_) | Err(SlotError::Damaged) => {}
+                Err(SlotError::Version(found)) => other_version = Some(found),
+            }
+        }
+        match (best, other_version) {
+            // A slot of another version was written by another release after this one's: going on would undo its work.
+            (_, Some(found)) => Err(SuperblockError::Version { found }),
+            (Some(superblock), None) => Ok(superblock),
+            (None, None) => Err(SuperblockError::Damaged),
+        }
+    }
+
+    /// Writes the superblock durably, to the slot that does not hold the latest.
+    pub fn write(&self, file: &dyn RawFile) -> io::Result<()> {
+        let offset = (self.write_count % 2) * SLOT_BYTES;
+        file.write_durable_at(offset, self.encode().as_slice())
+    }
+}
+
+enum SlotError {
+    Damaged,
+    Version(u32),
+}
+
+impl From<Malformed> for SlotError {
+    fn from(_: Malformed) -> SlotError {
+        SlotError::Damaged
+    }
+}
+
+/// Decodes one slot from arbitrary bytes; for tests and fuzzing.
+#[must_use]
+pub fn decodes(slot: &[u8]) -> bool {
+    Superblock::decode(slot).is_ok()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::disk::file::{Caching, SystemFile};
+    use protocol::View;
+
+    pub(crate) fn sample() -> Superblock {
+        let view = View::new(vec!["a".parse().unwrap(), "b".parse().unwrap()]).unwrap();
+        let mut history = EpochHistory::default();
+        history.note(Position { epoch: Epoch(2), seq: Seq(4) });
+        Superblock {
+            identity: Identity {
+                uuid: VolumeUuid([3; 16]),
+                volume: "v".parse().unwrap(),
+                replica: "a".parse().unwrap(),
+                size_bytes: 1 << 20,
+                journal_bytes: 1 << 20,
+            },
+            write_count: 1,
+            generation: 1,
+            clean: false,
+            promised: Epoch(2),
+            engine: [5; 16],
+            lease_ms: 3000,
+            syncing: false,
+            checkpoint: Position { epoch: Epoch(2), seq: Seq(9) },
+            views: ViewState::initial(view),
+            history,
+            tail: JournalTail { offset: 8192, seq: Seq(5), generation: 1 },
+            stable: Seq(7),
+        }
+    }
+
+    fn file() -> (tempfile::TempDir, SystemFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("superblock");
+        std::fs::File::create(&path).unwrap().set_len(FILE_BYTES).unwrap();
+        let file = SystemFile::open(&path, Caching::Buffered).unwrap();
+        (dir, file)
+    }
+
+    #[test]
+    fn the_later_slot_counts_and_a_torn_one_does_not() {
+        let (_dir, file) = file();
+        let first = sample();
+        let second = Superblock { write_count: 2, promised: Epoch(3), ..sample() };
+        first.write(&file).unwrap();
+        second.write(&file).unwrap();
+        assert_eq!(Superblock::read(&file).unwrap(), second);
+        file.write_at(100, &[0xff]).unwrap(); // in the slot of the second
+        assert_eq!(Superblock::read(&file).unwrap(), first);
+        file.write_at(SLOT_BYTES + 100, &[0xff]).unwrap();
+        assert!(matches!(Superblock::read(&file), Err(SuperblockError::Damaged)));
+    }
+
+    #[test]
+    fn another_format_version_is_refused_by_number() {
+        let (_dir, file) = file();
+        sample().write(&file).unwrap();
+        let mut slot = vec![0; SLOT_BYTES as usize];
+        file.read_at(SLOT_BYTES, &mut slot).unwrap();
+        slot[8] = 9;
+        let body_bytes = u32::from_le_bytes(slot[16..20].try_into().unwrap()) as usize;
+        let crc = crc32_of_two(&slot[..20], &slot[24..24 + body_bytes]);
+        slot[20..24].copy_from_slice(&crc.to_le_bytes());
+        file.write_at(SLOT_BYTES, &slot).unwrap();
+        assert!(matches!(Superblock::read(&file), Err(SuperblockError::Version { found: 9 })));
+    }
+
+    #[test]
+    fn the_longest_superblock_fits_its_slot() {
+        let name = |i: usize| format!("{:x<64}", i).parse::<ReplicaName>().unwrap();
+        let view = View::new((0..protocol::REPLICAS_MAX).map(name).collect()).unwrap();
+        let mut history = EpochHistory::default();
+        for i in 1..=2000 {
+            history.note(Position { epoch: Epoch(i), seq: Seq(i) });
+        }
+        let longest = Superblock { views: ViewState::initial(view), history, ..sample() };
+        assert!(longest.encode().len() <= SLOT_BYTES as usize);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(mut bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..400)) {
+            let _ = Superblock::decode(&bytes);
+            if bytes.len() >= PREFIX_BYTES {
+                bytes[..8].copy_from_slice(MAGIC);
+                let _ = Superblock::decode(&bytes);
+                let _ = Superblock::decode_body(&bytes[PREFIX_BYTES..]);
+            }
+        }
+    }
+}

@@ -1,0 +1,499 @@
+//! What an engine and an agent say to each other, and the body of each message in bytes. How bodies are framed is the
+//! business of [`crate::wire`].
+//!
+//! A session is either `Format` - `Formatted` and nothing else, or `Hello` - `Welcome`, `Promise` - `Promised` and from
+//! there on records and reads in the volume's order. An agent refuses with `Refused` and closes the session.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::cursor::{self, Malformed, Reader};
+use crate::position::{Epoch, EpochHistory, Position, Seq};
+use crate::record::{Record, RecordHeader};
+use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
+
+/// One running engine, drawn at random when it starts; tells two engines apart that ask for the same epoch.
+pub type EngineId = [u8; 16];
+
+/// From an engine to an agent.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToAgent {
+    /// First message of a session.
+    Hello(Hello),
+    /// Makes a new, empty replica; the only message of its session.
+    Format(Format),
+    /// Asks for the promise to serve no lower epoch.
+    Promise {
+        /// The epoch asked for.
+        epoch: Epoch,
+        /// Who asks.
+        engine: EngineId,
+        /// How long after a `Ping` the engine counts on the promise, ms.
+        lease_ms: u32,
+    },
+    /// The next record of the order.
+    Append(Record),
+    /// Every member holds the order durably up to here: agents need not keep these records for each other.
+    Stable {
+        /// Last such place.
+        seq: Seq,
+    },
+    /// Confirms the lease.
+    Ping {
+        /// Comes back in the `Pong`.
+        token: u64,
+    },
+    /// Asks for bytes of the volume as of this place in the order of messages.
+    Read {
+        /// Comes back in the reply.
+        id: u64,
+        /// First byte.
+        offset: u64,
+        /// Bytes, at most [`crate::RECORD_PAYLOAD_BYTES_MAX`].
+        length: u32,
+    },
+    /// Asks for records that another member lacks, from this agent's journal.
+    Fetch {
+        /// First place.
+        from: Seq,
+        /// Last place.
+        to: Seq,
+    },
+    /// The engine leaves in good order: its lease is void.
+    Goodbye,
+}
+
+/// Names the replica that a session is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The volume's name.
+    pub volume: ReplicaName,
+    /// The replica's name.
+    pub replica: ReplicaName,
+    /// Who speaks.
+    pub engine: EngineId,
+}
+
+/// A new replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// The volume's name.
+    pub volume: ReplicaName,
+    /// The replica's name.
+    pub replica: ReplicaName,
+    /// The volume's new identity.
+    pub uuid: VolumeUuid,
+    /// Size of the volume, bytes.
+    pub size_bytes: u64,
+    /// Size of the journal, bytes.
+    pub journal_bytes: u64,
+    /// The first view.
+    pub view: View,
+}
+
+/// From an agent to an engine.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToEngine {
+    /// The replica is there.
+    Welcome(Welcome),
+    /// The replica was made.
+    Formatted,
+    /// The promise is durable.
+    Promised(Promised),
+    /// Every record up to here is durable.
+    Durable {
+        /// Last such place.
+        seq: Seq,
+    },
+    /// Answers a `Ping`.
+    Pong {
+        /// The token of the ping.
+        token: u64,
+    },
+    /// Answers a `Read`.
+    ReadDone {
+        /// The id of the read.
+        id: u64,
+        /// The last record applied when the bytes were read: what they may show.
+        applied: Seq,
+        /// The bytes, or why there are none.
+        outcome: ReadOutcome,
+    },
+    /// A record asked for with `Fetch`.
+    Fetched(Record),
+    /// No more records will come for this `Fetch`. Some may be missing at the end: ask again from there.
+    FetchEnd {
+        /// First place that was not sent.
+        next: Seq,
+    },
+    /// The replica cannot take records just now, or can again.
+    Condition(Condition),
+    /// The session is refused or ends.
+    Refused(Refused),
+}
+
+/// What came of a read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadOutcome {
+    /// The bytes, with their CRC-32.
+    Data {
+        /// The bytes.
+        data: Bytes,
+        /// CRC-32 of `data`.
+        crc: u32,
+    },
+    /// A block does not match its stored checksum.
+    ChecksumMismatch {
+        /// First byte of the first such block.
+        offset: u64,
+    },
+    /// The disk reported an error.
+    Failed,
+}
+
+/// How well a replica is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// It takes records.
+    Healthy,
+    /// Its disk is full: journaled records wait for space to be applied.
+    NoSpace,
+    /// A durable write failed: it takes nothing until it is restarted.
+    Poisoned,
+}
+
+/// Answers `Hello`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The volume's identity.
+    pub uuid: VolumeUuid,
+    /// Size of the volume, bytes.
+    pub size_bytes: u64,
+    /// Room in the journal, bytes.
+    pub journal_bytes: u64,
+    /// Payload of a record at most, bytes.
+    pub record_payload_bytes_max: u32,
+    /// The highest promise given.
+    pub promised: Epoch,
+    /// How long ago another engine last confirmed its lease here, ms; `None` if none counts on it.
+    pub other_engine_ms_ago: Option<u64>,
+}
+
+/// Answers `Promise`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Promised {
+    /// The epoch promised.
+    pub epoch: Epoch,
+    /// The last durable record.
+    pub position: Position,
+    /// The views of the latest view record.
+    pub views: ViewState,
+    /// Which epoch gave out which places.
+    pub history: EpochHistory,
+    /// Whether the replica is being copied to and so cannot stand for the volume.
+    pub syncing: bool,
+    /// First record that the journal still holds; `position.seq` + 1 if none.
+    pub journal_first: Seq,
+    /// How long another engine may still count on an older promise, ms.
+    pub lease_remaining_ms: u32,
+}
+
+/// Why a session is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The kind of reason.
+    pub reason: RefusedReason,
+    /// For people.
+    pub text: String,
+}
+
+/// Kinds of refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedReason {
+    /// A higher epoch was promised to another engine.
+    Fenced {
+        /// That epoch.
+        promised: Epoch,
+    },
+    /// There is no such replica here.
+    NoReplica,
+    /// A replica with data is there already.
+    HasData,
+    /// The replica cannot be opened or written.
+    Unusable,
+    /// The engine said what it may not say.
+    Protocol,
+}
+
+impl ToAgent {
+    /// The number of the message in a frame.
+    #[must_use]
+    pub fn number(&self) -> u8 {
+        match self {
+            ToAgent::Hello(_) => 1,
+            ToAgent::Format(_) => 2,
+            ToAgent::Promise { .. } => 3,
+            ToAgent::Append(_) => 4,
+            ToAgent::Stable { .. } => 5,
+            ToAgent::Ping { .. } => 6,
+            ToAgent::Read { .. } => 7,
+            ToAgent::Fetch { .. } => 8,
+            ToAgent::Goodbye => 9,
+        }
+    }
+
+    /// Appends the body to `out`; returns the bulk data that follows it.
+    pub fn encode_body(&self, out: &mut BytesMut) -> Bytes {
+        match self {
+            ToAgent::Hello(hello) => {
+                cursor::put_text(out, hello.volume.as_str());
+                cursor::put_text(out, hello.replica.as_str());
+                out.put_slice(&hello.engine);
+            }
+            ToAgent::Format(format) => {
+                cursor::put_text(out, format.volume.as_str());
+                cursor::put_text(out, format.replica.as_str());
+                cursor::put_uuid(out, format.uuid);
+                out.put_u64_le(format.size_bytes);
+                out.put_u64_le(format.journal_bytes);
+                cursor::put_view(out, &format.view);
+            }
+            ToAgent::Promise { epoch, engine, lease_ms } => {
+                out.put_u64_le(epoch.0);
+                out.put_slice(engine);
+                out.put_u32_le(*lease_ms);
+            }
+            ToAgent::Append(record) => {
+                record.header.encode(out);
+                return record.payload.clone();
+            }
+            ToAgent::Stable { seq } => out.put_u64_le(seq.0),
+            ToAgent::Ping { token } => out.put_u64_le(*token),
+            ToAgent::Read { id, offset, length } => {
+                out.put_u64_le(*id);
+                out.put_u64_le(*offset);
+                out.put_u32_le(*length);
+            }
+            ToAgent::Fetch { from, to } => {
+                out.put_u64_le(from.0);
+                out.put_u64_le(to.0);
+            }
+            ToAgent::Goodbye => {}
+        }
+        Bytes::new()
+    }
+
+    /// Reads a message from its number, body and bulk data. The payload of a record is not compared with its checksum
+    /// here: the replica does that when it takes the record in.
+    pub fn decode(number: u8, body: &[u8], bulk: Bytes) -> Result<ToAgent, Malformed> {
+        let mut r = Reader::new(body);
+        let mut bulk = Some(bulk);
+        let message = match number {
+            1 => {
+                let (volume, replica) = (r.name("volume")?, r.name("replica")?);
+                ToAgent::Hello(Hello { volume, replica, engine: r.uuid("engine")?.0 })
+            }
+            2 => ToAgent::Format(Format {
+                volume: r.name("volume")?,
+                replica: r.name("replica")?,
+                uuid: r.uuid("uuid")?,
+                size_bytes: r.u64("size")?,
+                journal_bytes: r.u64("journal size")?,
+                view: r.view("view")?,
+            }),
+            3 => ToAgent::Promise {
+                epoch: Epoch(r.u64("epoch")?),
+                engine: r.uuid("engine")?.0,
+                lease_ms: r.u32("lease")?,
+            },
+            4 => ToAgent::Append(decode_record(&mut r, &mut bulk)?),
+            5 => ToAgent::Stable { seq: Seq(r.u64("seq")?) },
+            6 => ToAgent::Ping { token: r.u64("token")? },
+            7 => ToAgent::Read { id: r.u64("id")?, offset: r.u64("offset")?, length: r.u32("length")? },
+            8 => ToAgent::Fetch { from: Seq(r.u64("from")?), to: Seq(r.u64("to")?) },
+            9 => ToAgent::Goodbye,
+            0 | 10..=u8::MAX => return Err(Malformed { field: "message number" }),
+        };
+        finish(r, bulk)?;
+        Ok(message)
+    }
+}
+
+fn decode_record(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Record, Malformed> {
+    let header = RecordHeader::decode(r)?;
+    let payload = bulk.take().unwrap_or_default();
+    if payload.len() != header.payload_length as usize {
+        return Err(Malformed { field: "record payload" });
+    }
+    Ok(Record { header, payload })
+}
+
+fn finish(r: Reader<'_>, bulk: Option<Bytes>) -> Result<(), Malformed> {
+    if bulk.is_some_and(|b| !b.is_empty()) {
+        return Err(Malformed { field: "bulk data" });
+    }
+    r.finish("message body")
+}
+
+impl ToEngine {
+    /// The number of the message in a frame.
+    #[must_use]
+    pub fn number(&self) -> u8 {
+        match self {
+            ToEngine::Welcome(_) => 1,
+            ToEngine::Formatted => 2,
+            ToEngine::Promised(_) => 3,
+            ToEngine::Durable { .. } => 4,
+            ToEngine::Pong { .. } => 5,
+            ToEngine::ReadDone { .. } => 6,
+            ToEngine::Fetched(_) => 7,
+            ToEngine::FetchEnd { .. } => 8,
+            ToEngine::Condition(_) => 9,
+            ToEngine::Refused(_) => 10,
+        }
+    }
+
+    /// Appends the body to `out`; returns the bulk data that follows it.
+    pub fn encode_body(&self, out: &mut BytesMut) -> Bytes {
+        match self {
+            ToEngine::Welcome(w) => {
+                cursor::put_uuid(out, w.uuid);
+                out.put_u64_le(w.size_bytes);
+                out.put_u64_le(w.journal_bytes);
+                out.put_u32_le(w.record_payload_bytes_max);
+                out.put_u64_le(w.promised.0);
+                out.put_u8(u8::from(w.other_engine_ms_ago.is_some()));
+                out.put_u64_le(w.other_engine_ms_ago.unwrap_or(0));
+            }
+            ToEngine::Formatted => {}
+            ToEngine::Promised(p) => {
+                out.put_u64_le(p.epoch.0);
+                cursor::put_position(out, p.position);
+                cursor::put_view_state(out, &p.views);
+                cursor::put_history(out, &p.history);
+                out.put_u8(u8::from(p.syncing));
+                out.put_u64_le(p.journal_first.0);
+                out.put_u32_le(p.lease_remaining_ms);
+            }
+            ToEngine::Durable { seq } => out.put_u64_le(seq.0),
+            ToEngine::Pong { token } => out.put_u64_le(*token),
+            ToEngine::ReadDone { id, applied, outcome } => {
+                out.put_u64_le(*id);
+                out.put_u64_le(applied.0);
+                match outcome {
+                    ReadOutcome::Data { data, crc } => {
+                        out.put_u8(0);
+                        out.put_u32_le(*crc);
+                        return data.clone();
+                    }
+                    ReadOutcome::ChecksumMismatch { offset } => {
+                        out.put_u8(1);
+                        out.put_u64_le(*offset);
+                    }
+                    ReadOutcome::Failed => out.put_u8(2),
+                }
+            }
+            ToEngine::Fetched(record) => {
+                record.header.encode(out);
+                return record.payload.clone();
+            }
+            ToEngine::FetchEnd { next } => out.put_u64_le(next.0),
+            ToEngine::Condition(condition) => out.put_u8(match condition {
+                Condition::Healthy => 0,
+                Condition::NoSpace => 1,
+                Condition::Poisoned => 2,
+            }),
+            ToEngine::Refused(refused) => encode_refused(refused, out),
+        }
+        Bytes::new()
+    }
+
+    /// Reads a message from its number, body and bulk data. The bytes of a read are compared with their checksum by
+    /// the engine when it uses them.
+    pub fn decode(number: u8, body: &[u8], bulk: Bytes) -> Result<ToEngine, Malformed> {
+        let mut r = Reader::new(body);
+        let mut bulk = Some(bulk);
+        let message = match number {
+            1 => ToEngine::Welcome(decode_welcome(&mut r)?),
+            2 => ToEngine::Formatted,
+            3 => ToEngine::Promised(decode_promised(&mut r)?),
+            4 => ToEngine::Durable { seq: Seq(r.u64("seq")?) },
+            5 => ToEngine::Pong { token: r.u64("token")? },
+            6 => ToEngine::ReadDone {
+                id: r.u64("id")?,
+                applied: Seq(r.u64("applied")?),
+                outcome: match r.u8("outcome")? {
+                    0 => {
+                        let crc = r.u32("checksum")?;
+                        ReadOutcome::Data { data: bulk.take().unwrap_or_default(), crc }
+                    }
+                    1 => ReadOutcome::ChecksumMismatch { offset: r.u64("offset")? },
+                    2 => ReadOutcome::Failed,
+                    3..=u8::MAX => return Err(Malformed { field: "outcome" }),
+                },
+            },
+            7 => ToEngine::Fetched(decode_record(&mut r, &mut bulk)?),
+            8 => ToEngine::FetchEnd { next: Seq(r.u64("next")?) },
+            9 => ToEngine::Condition(match r.u8("condition")? {
+                0 => Condition::Healthy,
+                1 => Condition::NoSpace,
+                2 => Condition::Poisoned,
+                3..=u8::MAX => return Err(Malformed { field: "condition" }),
+            }),
+            10 => ToEngine::Refused(decode_refused(&mut r)?),
+            0 | 11..=u8::MAX => return Err(Malformed { field: "message number" }),
+        };
+        finish(r, bulk)?;
+        Ok(message)
+    }
+}
+
+fn decode_welcome(r: &mut Reader<'_>) -> Result<Welcome, Malformed> {
+    let welcome = Welcome {
+        uuid: r.uuid("uuid")?,
+        size_bytes: r.u64("size")?,
+        journal_bytes: r.u64("journal size")?,
+        record_payload_bytes_max: r.u32("payload limit")?,
+        promised: Epoch(r.u64("promised")?),
+        other_engine_ms_ago: None,
+    };
+    let (is_some, ms) = (r.bool("other engine")?, r.u64("other engine")?);
+    Ok(Welcome { other_engine_ms_ago: is_some.then_some(ms), ..welcome })
+}
+
+fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
+    Ok(Promised {
+        epoch: Epoch(r.u64("epoch")?),
+        position: r.position("position")?,
+        views: r.view_state("views")?,
+        history: r.history("history")?,
+        syncing: r.bool("syncing")?,
+        journal_first: Seq(r.u64("journal first")?),
+        lease_remaining_ms: r.u32("lease")?,
+    })
+}
+
+fn encode_refused(refused: &Refused, out: &mut BytesMut) {
+    let (number, promised) = match refused.reason {
+        RefusedReason::Fenced { promised } => (1, promised),
+        RefusedReason::NoReplica => (2, Epoch(0)),
+        RefusedReason::HasData => (3, Epoch(0)),
+        RefusedReason::Unusable => (4, Epoch(0)),
+        RefusedReason::Protocol => (5, Epoch(0)),
+    };
+    out.put_u8(number);
+    out.put_u64_le(promised.0);
+    cursor::put_text(out, &refused.text);
+}
+
+fn decode_refused(r: &mut Reader<'_>) -> Result<Refused, Malformed> {
+    let (number, promised) = (r.u8("reason")?, Epoch(r.u64("promised")?));
+    let reason = match number {
+        1 => RefusedReason::Fenced { promised },
+        2 => RefusedReason::NoReplica,
+        3 => RefusedReason::HasData,
+        4 => RefusedReason::Unusable,
+        5 => RefusedReason::Protocol,
+        0 | 6..=u8::MAX => return Err(Malformed { field: "reason" }),
+    };
+    Ok(Refused { reason, text: r.text("text")? })
+}

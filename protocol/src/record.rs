@@ -1,0 +1,338 @@
+//! Records: the changes of a volume, each with its place in the order. Writes, trims, epoch starts and view changes are
+//! all records of one sequence, so that every replica goes through the same states.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::checksum::crc32;
+use crate::cursor::{self, Malformed, Reader};
+use crate::position::{Epoch, Position, Seq};
+use crate::ranges::ByteRange;
+use crate::view::{ReplicaName, View};
+use crate::{BLOCK_BYTES, RECORD_PAYLOAD_BYTES_MAX};
+
+/// What a record does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordKind {
+    /// Puts the payload at `offset`.
+    Write,
+    /// Makes the range read as zeroes and may give its space back.
+    Trim,
+    /// Makes the range read as zeroes; keeps the space if [`RecordHeader::no_hole`].
+    WriteZeroes,
+    /// The first record of an epoch.
+    EpochStart,
+    /// Changes the view; the payload is a [`ViewChange`].
+    ViewChange,
+}
+
+impl RecordKind {
+    fn to_wire(self) -> u8 {
+        match self {
+            RecordKind::Write => 1,
+            RecordKind::Trim => 2,
+            RecordKind::WriteZeroes => 3,
+            RecordKind::EpochStart => 4,
+            RecordKind::ViewChange => 5,
+        }
+    }
+
+    fn from_wire(byte: u8) -> Option<RecordKind> {
+        Some(match byte {
+            1 => RecordKind::Write,
+            2 => RecordKind::Trim,
+            3 => RecordKind::WriteZeroes,
+            4 => RecordKind::EpochStart,
+            5 => RecordKind::ViewChange,
+            0 | 6..=u8::MAX => return None,
+        })
+    }
+}
+
+/// Everything of a record but its payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordHeader {
+    /// The epoch that gave the place out.
+    pub epoch: Epoch,
+    /// The place.
+    pub seq: Seq,
+    /// What it does.
+    pub kind: RecordKind,
+    /// For [`RecordKind::WriteZeroes`]: the range must stay allocated.
+    pub no_hole: bool,
+    /// First byte of the volume that it changes; zero for epoch starts and view changes.
+    pub offset: u64,
+    /// Bytes of the volume that it changes; zero for epoch starts and view changes.
+    pub length: u64,
+    /// Bytes of payload.
+    pub payload_length: u32,
+    /// CRC-32 of the payload.
+    pub payload_crc: u32,
+}
+
+/// Why a header makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// A field holds what it cannot hold.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// The range leaves the volume.
+    #[error("range {offset}+{length} leaves a volume of {size_bytes} bytes")]
+    OutOfRange {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// Size of the volume.
+        size_bytes: u64,
+    },
+    /// The payload is not the one that the header was made for.
+    #[error("payload of record {seq} does not match its checksum")]
+    PayloadChecksum {
+        /// Place of the record.
+        seq: Seq,
+    },
+}
+
+impl RecordHeader {
+    /// Bytes of an encoded header.
+    pub const BYTES: usize = 48;
+
+    /// Where the record stands.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position { epoch: self.epoch, seq: self.seq }
+    }
+
+    /// The bytes of the volume that the record changes.
+    #[must_use]
+    pub fn range(&self) -> ByteRange {
+        ByteRange { offset: self.offset, length: self.length }
+    }
+
+    /// Appends the encoded header.
+    pub fn encode(&self, out: &mut impl BufMut) {
+        out.put_u64_le(self.epoch.0);
+        out.put_u64_le(self.seq.0);
+        out.put_u64_le(self.offset);
+        out.put_u64_le(self.length);
+        out.put_u32_le(self.payload_length);
+        out.put_u32_le(self.payload_crc);
+        out.put_u8(self.kind.to_wire());
+        out.put_u8(u8::from(self.no_hole));
+        out.put_slice(&[0; 6]);
+    }
+
+    /// Reads a header and checks that its fields fit each other. Does not know the volume's size: see
+    /// [`RecordHeader::check_range`].
+    pub fn decode(reader: &mut Reader<'_>) -> Result<RecordHeader, Malformed> {
+        let epoch = Epoch(reader.u64("record epoch")?);
+        let seq = Seq(reader.u64("record seq")?);
+        let offset = reader.u64("record offset")?;
+        let length = reader.u64("record length")?;
+        let payload_length = reader.u32("record payload length")?;
+        let payload_crc = reader.u32("record payload checksum")?;
+        let kind = RecordKind::from_wire(reader.u8("record kind")?).ok_or(Malformed { field: "record kind" })?;
+        let no_hole = reader.bool("record flags")?;
+        reader.bytes(6, "record padding")?;
+        let header = RecordHeader { epoch, seq, kind, no_hole, offset, length, payload_length, payload_crc };
+        header.check_shape()?;
+        Ok(header)
+    }
+
+    fn check_shape(&self) -> Result<(), Malformed> {
+        let has_range = self.length > 0;
+        let payload = self.payload_length;
+        let fits = match self.kind {
+            RecordKind::Write => has_range && u64::from(payload) == self.length,
+            RecordKind::Trim | RecordKind::WriteZeroes => has_range && payload == 0,
+            RecordKind::EpochStart => !has_range && self.offset == 0 && payload == 0,
+            RecordKind::ViewChange => !has_range && self.offset == 0 && payload > 0,
+        };
+        let in_bounds = payload <= RECORD_PAYLOAD_BYTES_MAX && self.offset.checked_add(self.length).is_some();
+        if fits && in_bounds && self.seq > Seq(0) { Ok(()) } else { Err(Malformed { field: "record shape" }) }
+    }
+
+    /// Checks that the record stays within a volume of `size_bytes`.
+    pub fn check_range(&self, size_bytes: u64) -> Result<(), RecordError> {
+        if self.range().end() <= size_bytes {
+            Ok(())
+        } else {
+            Err(RecordError::OutOfRange { offset: self.offset, length: self.length, size_bytes })
+        }
+    }
+
+    /// What the record takes in an agent's journal at most, bytes: a group of records starts at a block, so that a
+    /// record alone in its group costs whole blocks.
+    #[must_use]
+    pub fn journal_bytes_max(&self) -> u64 {
+        (JOURNAL_RECORD_OVERHEAD_BYTES + u64::from(self.payload_length)).next_multiple_of(BLOCK_BYTES)
+    }
+}
+
+/// What a journal adds to the payload of each record, bytes.
+pub const JOURNAL_RECORD_OVERHEAD_BYTES: u64 = 80;
+
+/// A record with its payload. Cloning shares the payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The header.
+    pub header: RecordHeader,
+    /// The payload; empty for all but writes and view changes.
+    pub payload: Bytes,
+}
+
+impl Record {
+    /// A record of `kind` that carries `payload`, with the checksum computed.
+    #[must_use]
+    pub fn new(position: Position, kind: RecordKind, range: ByteRange, payload: Bytes) -> Record {
+        let header = RecordHeader {
+            epoch: position.epoch,
+            seq: position.seq,
+            kind,
+            no_hole: false,
+            offset: range.offset,
+            length: range.length,
+            payload_length: payload.len() as u32,
+            payload_crc: crc32(&payload),
+        };
+        Record { header, payload }
+    }
+
+    /// The place of the record.
+    #[must_use]
+    pub fn seq(&self) -> Seq {
+        self.header.seq
+    }
+
+    /// Checks the payload against the header.
+    pub fn check_payload(&self) -> Result<(), RecordError> {
+        let sound = self.payload.len() == self.header.payload_length as usize
+            && crc32(&self.payload) == self.header.payload_crc;
+        if sound { Ok(()) } else { Err(RecordError::PayloadChecksum { seq: self.header.seq }) }
+    }
+}
+
+/// The payload of a view change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ViewChange {
+    /// The new view.
+    pub view: View,
+    /// The replica that leaves or joins.
+    pub subject: ReplicaName,
+    /// For a replica that leaves: the ranges that it has not acknowledged, in units of
+    /// [`crate::ranges::DIRTY_UNIT_BYTES`]. With every later change they are what it lacks.
+    pub unacknowledged: Vec<ByteRange>,
+}
+
+impl ViewChange {
+    /// Ranges that fit into a payload of `payload_bytes_max`, next to the largest view.
+    #[must_use]
+    pub fn ranges_max(payload_bytes_max: u32) -> usize {
+        let names = (crate::REPLICAS_MAX + 1) * (ReplicaName::BYTES_MAX + 2) + 8;
+        (payload_bytes_max as usize).saturating_sub(names) / 16
+    }
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut out = BytesMut::new();
+        cursor::put_view(&mut out, &self.view);
+        cursor::put_text(&mut out, self.subject.as_str());
+        out.put_u32_le(self.unacknowledged.len() as u32);
+        for range in &self.unacknowledged {
+            out.put_u64_le(range.offset);
+            out.put_u64_le(range.length);
+        }
+        out.freeze()
+    }
+
+    /// Reads a payload.
+    pub fn decode(payload: &[u8]) -> Result<ViewChange, Malformed> {
+        let mut reader = Reader::new(payload);
+        let view = reader.view("view change members")?;
+        let subject = reader.name("view change subject")?;
+        let count = reader.u32("view change ranges")? as usize;
+        if reader.remaining() != count.saturating_mul(16) {
+            return Err(Malformed { field: "view change ranges" });
+        }
+        let unacknowledged = (0..count)
+            .map(|_| Ok(ByteRange { offset: reader.u64("range offset")?, length: reader.u64("range length")? }))
+            .collect::<Result<_, Malformed>>()?;
+        reader.finish("view change")?;
+        Ok(ViewChange { view, subject, unacknowledged })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write() -> Record {
+        let position = Position { epoch: Epoch(3), seq: Seq(7) };
+        Record::new(position, RecordKind::Write, ByteRange { offset: 512, length: 5 }, Bytes::from_static(b"hello"))
+    }
+
+    fn encoded(header: &RecordHeader) -> Vec<u8> {
+        let mut out = Vec::new();
+        header.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn a_header_survives_the_trip() {
+        let header = write().header;
+        let bytes = encoded(&header);
+        assert_eq!(bytes.len(), RecordHeader::BYTES);
+        assert_eq!(RecordHeader::decode(&mut Reader::new(&bytes)), Ok(header));
+    }
+
+    #[test]
+    fn headers_whose_fields_contradict_are_refused() {
+        type Break = fn(&mut RecordHeader);
+        let broken: [Break; 5] = [
+            |h| h.length = 6,
+            |h| h.kind = RecordKind::Trim,
+            |h| h.seq = Seq(0),
+            |h| h.offset = u64::MAX,
+            |h| h.kind = RecordKind::EpochStart,
+        ];
+        for (i, change) in broken.into_iter().enumerate() {
+            let mut header = write().header;
+            change(&mut header);
+            assert!(RecordHeader::decode(&mut Reader::new(&encoded(&header))).is_err(), "case {i}");
+        }
+    }
+
+    #[test]
+    fn a_changed_payload_is_noticed() {
+        let mut record = write();
+        assert_eq!(record.check_payload(), Ok(()));
+        record.payload = Bytes::from_static(b"hellO");
+        assert!(record.check_payload().is_err());
+    }
+
+    #[test]
+    fn a_view_change_survives_the_trip_and_lies_about_its_length_are_refused() {
+        let name = |n: &str| n.parse::<ReplicaName>().unwrap();
+        let change = ViewChange {
+            view: View::new(vec![name("a"), name("c")]).unwrap(),
+            subject: name("b"),
+            unacknowledged: vec![ByteRange { offset: 0, length: 65536 }],
+        };
+        let payload = change.encode();
+        assert_eq!(ViewChange::decode(&payload), Ok(change));
+        assert!(ViewChange::decode(&payload[..payload.len() - 1]).is_err());
+        let mut huge = payload.to_vec();
+        let at = payload.len() - 20;
+        huge[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(ViewChange::decode(&huge).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = ViewChange::decode(&bytes);
+            let _ = RecordHeader::decode(&mut Reader::new(&bytes));
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Frames: how messages travel over a byte stream. Each frame is a prefix of fixed size, a body of fields, and bulk data:
+//!
+//! ```text
+//! 0   u32  magic "NBCF"          16  u32  CRC-32 of bytes 0..16 and the body
+//! 4   u16  version               20  u32  reserved, zero
+//! 6   u8   message number        24       body, then bulk data
+//! 7   u8   reserved, zero
+//! 8   u32  bytes of body (at most 32 KiB)
+//! 12  u32  bytes of bulk data (at most 1 MiB)
+//! ```
+//!
+//! Bulk data (payload of a record, bytes of a read) is not covered by the frame's checksum, as it carries its own end to
+//! end. All numbers are little-endian.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::RECORD_PAYLOAD_BYTES_MAX;
+use crate::checksum::crc32_of_two;
+use crate::cursor::{Malformed, Reader};
+use crate::message::{ToAgent, ToEngine};
+
+/// Version of the frames and messages.
+pub const VERSION: u16 = 1;
+/// Bytes of a frame's prefix.
+pub const PREFIX_BYTES: usize = 24;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"NBCF");
+const BODY_BYTES_MAX: u32 = 32 * 1024;
+const CHECKED_PREFIX_BYTES: usize = 16;
+
+/// Why a frame is refused. The stream is out of step after any of these and must be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Not a frame at all.
+    #[error("the other side does not speak the nbdcast protocol")]
+    Magic,
+    /// Another version.
+    #[error("the other side speaks protocol version {theirs}, this side {VERSION}: run the same release on both")]
+    Version {
+        /// The version in the frame.
+        theirs: u16,
+    },
+    /// Longer than any frame may be.
+    #[error("a frame of {body}+{bulk} bytes is longer than the protocol allows")]
+    Length {
+        /// Bytes of body.
+        body: u32,
+        /// Bytes of bulk data.
+        bulk: u32,
+    },
+    /// The checksum does not match.
+    #[error("a frame was damaged on the way (checksum mismatch)")]
+    Checksum,
+    /// A field makes no sense.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+}
+
+/// A frame's prefix, checked for what can be checked before the body is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefix {
+    number: u8,
+    body_bytes: u32,
+    bulk_bytes: u32,
+    crc: u32,
+    checked: [u8; CHECKED_PREFIX_BYTES],
+}
+
+impl Prefix {
+    /// Reads the prefix.
+    pub fn decode(bytes: &[u8; PREFIX_BYTES]) -> Result<Prefix, WireError> {
+        let mut r = Reader::new(bytes);
+        if r.u32("magic")? != MAGIC {
+            return Err(WireError::Magic);
+        }
+        let version = r.u16("version")?;
+        if version != VERSION {
+            return Err(WireError::Version { theirs: version });
+        }
+        let number = r.u8("message number")?;
+        r.u8("reserved")?;
+        let (body, bulk) = (r.u32("body length")?, r.u32("bulk length")?);
+        if body > BODY_BYTES_MAX || bulk > RECORD_PAYLOAD_BYTES_MAX {
+            return Err(WireError::Length { body, bulk });
+        }
+        let crc = r.u32("checksum")?;
+        let mut checked = [0; CHECKED_PREFIX_BYTES];
+        checked.copy_from_slice(&bytes[..CHECKED_PREFIX_BYTES]);
+        Ok(Prefix { number, body_bytes: body, bulk_bytes: bulk, crc, checked })
+    }
+
+    /// Bytes that follow the prefix: at most 1 MiB + 32 KiB.
+    #[must_use]
+    pub fn rest_bytes(&self) -> usize {
+        self.body_bytes as usize + self.bulk_bytes as usize
+    }
+
+    fn split(&self, mut rest: Bytes) -> Result<(Bytes, Bytes), WireError> {
+        if rest.len() != self.rest_bytes() {
+            return Err(WireError::Malformed(Malformed { field: "frame length" }));
+        }
+        let body = rest.split_to(self.body_bytes as usize);
+        if crc32_of_two(&self.checked, &body) != self.crc {
+            return Err(WireError::Checksum);
+        }
+        Ok((body, rest))
+    }
+
+    /// Reads the message to an agent from what followed the prefix.
+    pub fn to_agent(&self, rest: Bytes) -> Result<ToAgent, WireError> {
+        let (body, bulk) = self.split(rest)?;
+        Ok(ToAgent::decode(self.number, &body, bulk)?)
+    }
+
+    /// Reads the message to an engine from what followed the prefix.
+    pub fn to_engine(&self, rest: Bytes) -> Result<ToEngine, WireError> {
+        let (body, bulk) = self.split(rest)?;
+        Ok(ToEngine::decode(self.number, &body, bulk)?)
+    }
+}
+
+/// A message in bytes: write `head`, then `bulk`.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Prefix and body.
+    pub head: Bytes,
+    /// Bulk data, shared with the record or read that it came from.
+    pub bulk: Bytes,
+}
+
+/// Frames a message to an agent.
+#[must_use]
+pub fn frame_to_agent(message: &ToAgent) -> Frame {
+    frame(message.number(), |out| message.encode_body(out))
+}
+
+/// Frames a message to an engine.
+#[must_use]
+pub fn frame_to_engine(message: &ToEngine) -> Frame {
+    frame(message.number(), |out| message.encode_body(out))
+}
+
+fn frame(number: u8, encode_body: impl FnOnce(&mut BytesMut) -> Bytes) -> Frame {
+    let mut out = BytesMut::with_capacity(128);
+    out.put_bytes(0, PREFIX_BYTES);
+    let bulk = encode_body(&mut out);
+    let body_bytes = (out.len() - PREFIX_BYTES) as u32;
+    assert!(body_bytes <= BODY_BYTES_MAX && bulk.len() <= RECORD_PAYLOAD_BYTES_MAX as usize, "frame too long");
+    let mut prefix = Vec::with_capacity(PREFIX_BYTES);
+    prefix.put_u32_le(MAGIC);
+    prefix.put_u16_le(VERSION);
+    prefix.put_u8(number);
+    prefix.put_u8(0);
+    prefix.put_u32_le(body_bytes);
+    prefix.put_u32_le(bulk.len() as u32);
+    let crc = crc32_of_two(&prefix, &out[PREFIX_BYTES..]);
+    prefix.put_u32_le(crc);
+    prefix.put_u32_le(0);
+    out[..PREFIX_BYTES].copy_from_slice(&prefix);
+    Frame { head: out.freeze(), bulk }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Condition, Hello, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
+    use crate::position::{Epoch, EpochHistory, Position, Seq};
+    use crate::ranges::ByteRange;
+    use crate::record::{Record, RecordKind};
+    use crate::view::{View, ViewState, VolumeUuid};
+
+    fn prefix_and_rest(frame: &Frame) -> ([u8; PREFIX_BYTES], Bytes) {
+        let all = [&frame.head[..], &frame.bulk[..]].concat();
+        (all[..PREFIX_BYTES].try_into().unwrap(), Bytes::copy_from_slice(&all[PREFIX_BYTES..]))
+    }
+
+    fn record() -> Record {
+        let position = Position { epoch: Epoch(2), seq: Seq(9) };
+        Record::new(position, RecordKind::Write, ByteRange { offset: 4096, length: 3 }, Bytes::from_static(b"abc"))
+    }
+
+    fn view() -> View {
+        View::new(vec!["a".parse().unwrap(), "b".parse().unwrap()]).unwrap()
+    }
+
+    fn messages_to_agent() -> Vec<ToAgent> {
+        let hello = Hello { volume: "v".parse().unwrap(), replica: "a".parse().unwrap(), engine: [7; 16] };
+        let format = crate::message::Format {
+            volume: "v".parse().unwrap(),
+            replica: "a".parse().unwrap(),
+            uuid: VolumeUuid([1; 16]),
+            size_bytes: 1 << 30,
+            journal_bytes: 1 << 20,
+            view: view(),
+        };
+        vec![
+            ToAgent::Hello(hello),
+            ToAgent::Format(format),
+            ToAgent::Promise { epoch: Epoch(4), engine: [9; 16], lease_ms: 3000 },
+            ToAgent::Append(record()),
+            ToAgent::Stable { seq: Seq(3) },
+            ToAgent::Ping { token: 5 },
+            ToAgent::Read { id: 1, offset: 2, length: 3 },
+            ToAgent::Fetch { from: Seq(1), to: Seq(2) },
+            ToAgent::Goodbye,
+        ]
+    }
+
+    fn messages_to_engine() -> Vec<ToEngine> {
+        let mut history = EpochHistory::default();
+        history.note(Position { epoch: Epoch(2), seq: Seq(1) });
+        let promised = Promised {
+            epoch: Epoch(4),
+            position: Position { epoch: Epoch(2), seq: Seq(9) },
+            views: ViewState::initial(view()),
+            history,
+            syncing: false,
+            journal_first: Seq(3),
+            lease_remaining_ms: 10,
+        };
+        let welcome = Welcome {
+            uuid: VolumeUuid([1; 16]),
+            size_bytes: 1 << 30,
+            journal_bytes: 1 << 20,
+            record_payload_bytes_max: 1 << 17,
+            promised: Epoch(3),
+            other_engine_ms_ago: Some(12),
+        };
+        let data = Bytes::from_static(b"xyz");
+        let read = |outcome| ToEngine::ReadDone { id: 1, applied: Seq(8), outcome };
+        let refused = |reason| ToEngine::Refused(Refused { reason, text: "why".into() });
+        vec![
+            ToEngine::Welcome(welcome.clone()),
+            ToEngine::Welcome(Welcome { other_engine_ms_ago: None, ..welcome }),
+            ToEngine::Formatted,
+            ToEngine::Promised(promised),
+            ToEngine::Durable { seq: Seq(9) },
+            ToEngine::Pong { token: 4 },
+            read(ReadOutcome::Data { data, crc: 1 }),
+            read(ReadOutcome::ChecksumMismatch { offset: 4096 }),
+            read(ReadOutcome::Failed),
+            ToEngine::Fetched(record()),
+            ToEngine::FetchEnd { next: Seq(2) },
+            ToEngine::Condition(Condition::Healthy),
+            ToEngine::Condition(Condition::NoSpace),
+            ToEngine::Condition(Condition::Poisoned),
+            refused(RefusedReason::Fenced { promised: Epoch(8) }),
+            refused(RefusedReason::NoReplica),
+            refused(RefusedReason::HasData),
+            refused(RefusedReason::Unusable),
+            refused(RefusedReason::Protocol),
+        ]
+    }
+
+    #[test]
+    fn every_message_survives_the_trip() {
+        for message in messages_to_agent() {
+            let (prefix, rest) = prefix_and_rest(&frame_to_agent(&message));
+            assert_eq!(Prefix::decode(&prefix).unwrap().to_agent(rest), Ok(message));
+        }
+        for message in messages_to_engine() {
+            let (prefix, rest) = prefix_and_rest(&frame_to_engine(&message));
+            assert_eq!(Prefix::decode(&prefix).unwrap().to_engine(rest), Ok(message));
+        }
+    }
+
+    #[test]
+    fn any_changed_bit_of_prefix_or_body_is_noticed() {
+        let (prefix, rest) = prefix_and_rest(&frame_to_agent(&ToAgent::Append(record())));
+        let body_bits = RecordHeaderBits::COUNT;
+        for bit in 0..PREFIX_BYTES * 8 {
+            let mut broken = prefix;
+            broken[bit / 8] ^= 1 << (bit % 8);
+            let reserved_tail = bit >= 20 * 8;
+            let outcome = Prefix::decode(&broken).and_then(|p| p.to_agent(rest.clone()));
+            assert!(outcome.is_err() || reserved_tail, "bit {bit} of the prefix");
+        }
+        for bit in 0..body_bits {
+            let mut broken = rest.to_vec();
+            broken[bit / 8] ^= 1 << (bit % 8);
+            let outcome = Prefix::decode(&prefix).unwrap().to_agent(broken.into());
+            assert_eq!(outcome, Err(WireError::Checksum), "bit {bit} of the body");
+        }
+    }
+
+    struct RecordHeaderBits;
+    impl RecordHeaderBits {
+        const COUNT: usize = crate::record::RecordHeader::BYTES * 8;
+    }
+
+    #[test]
+    fn lengths_are_checked_before_anything_is_read() {
+        let (mut prefix, _) = prefix_and_rest(&frame_to_agent(&ToAgent::Goodbye));
+        prefix[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(Prefix::decode(&prefix), Err(WireError::Length { .. })));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(
+            number in proptest::num::u8::ANY,
+            body in proptest::collection::vec(proptest::num::u8::ANY, 0..300),
+            bulk in proptest::collection::vec(proptest::num::u8::ANY, 0..20),
+        ) {
+            let bulk = Bytes::from(bulk);
+            let _ = ToAgent::decode(number, &body, bulk.clone());
+            let _ = ToEngine::decode(number, &body, bulk);
+        }
+    }
+}

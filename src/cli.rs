@@ -1,0 +1,152 @@
+//! The `nbdcast` command line: its arguments, and which command does what.
+//!
+//! Owns usage, output and exit codes; the commands that take more than a few lines have files of their own. Decides
+//! nothing about volumes: it hands a checked config to the engine and says what came of it.
+
+mod demo;
+mod serve;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use listener_agent::config::{ByteSize, Endpoint};
+use listener_agent::console::{self, ConsoleArgs, Failure, say};
+
+use crate::admin::client::AdminUrl;
+use crate::config::{EngineConfig, LoadError};
+use crate::runtime;
+
+const PROGRAM: &str = "nbdcast";
+
+/// A replicated NBD block device: every write goes to all replicas and is answered on the first durable copy
+#[derive(Debug, Parser)]
+#[command(name = PROGRAM, version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    console: ConsoleArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create if needed, and serve, a volume with replicas in one directory of this machine
+    Demo(DemoArgs),
+    /// Format all replicas of a new volume; refuses if any replica has data
+    Create(CreateArgs),
+    /// Serve the volumes of a config file, in the foreground; prints "ready URI" for each
+    Serve(ServeArgs),
+    /// Show how a running engine, its volumes and replicas are doing
+    Status(StatusArgs),
+}
+
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// Where the replicas are kept; a second start with the same directory serves the same volume
+    #[arg(long, value_name = "DIR", default_value = "nbdcast-demo")]
+    dir: PathBuf,
+    /// Size of the volume when it is created [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    size: Option<ByteSize>,
+    /// Number of replicas when it is created, 1 to 16 [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    replicas: Option<u8>,
+    /// Where NBD clients connect: host:port or unix:/path [default: 127.0.0.1:10809]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<Endpoint>,
+    /// Where the admin HTTP server listens: host:port [default: 127.0.0.1:10808]
+    #[arg(long, value_name = "ADDRESS")]
+    admin: Option<Endpoint>,
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// Config file; config/engine.toml is a complete sample
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Create only this volume instead of all in the config
+    volume: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Config file; config/engine.toml is a complete sample
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Serve even if another engine seems to be serving these volumes; that one is shut out
+    #[arg(long)]
+    take_over: bool,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// Ask the engine that was started with this config file
+    #[arg(long, value_name = "FILE", conflicts_with = "admin")]
+    config: Option<PathBuf>,
+    /// Ask the engine whose admin server is here
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:10808")]
+    admin: AdminUrl,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the program with the process's arguments. Exit codes: 0 ok, 1 failed, 2 wrong usage or config.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.console.init_logging();
+    console::run(PROGRAM, async {
+        match cli.command {
+            Command::Demo(args) => demo::run(args).await,
+            Command::Create(args) => create(args).await,
+            Command::Serve(args) => {
+                let config = load(&args.config)?;
+                let take_over = args.take_over;
+                serve::run(&config, take_over, serve::announce_ready).await
+            }
+            Command::Status(args) => status::run(args).await,
+        }
+    })
+}
+
+fn load(file: &std::path::Path) -> Result<EngineConfig, Failure> {
+    EngineConfig::load(file).map_err(unusable)
+}
+
+fn unusable(error: LoadError) -> Failure {
+    Failure::usage(&error).remedy(error.remedy())
+}
+
+async fn create(args: CreateArgs) -> Result<(), Failure> {
+    let config = load(&args.config)?;
+    if let Some(name) = &args.volume
+        && !config.volumes.iter().any(|volume| volume.name == *name)
+    {
+        let names: Vec<&str> = config.volumes.iter().map(|v| v.name.as_str()).collect();
+        let file = args.config.display();
+        return Err(
+            Failure::usage(format_args!("there is no volume {name:?} in {file}"))
+                .remedy(format_args!("name one of: {}", names.join(", "))),
+        );
+    }
+    for line in runtime::create(&config, args.volume.as_deref())
+        .await
+        .map_err(not_created)?
+    {
+        say(line)?;
+    }
+    Ok(())
+}
+
+fn not_created(error: runtime::CreateError) -> Failure {
+    Failure {
+        exit_code: error.exit_code(),
+        remedy: error.remedy(),
+        message: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! Tables of the handshake: what each option is answered, and that no input does harm.
+
+use super::*;
+use proptest::prelude::*;
+
+fn export(name: &str, read_only: bool) -> ExportInfo {
+    ExportInfo { name: name.into(), description: format!("about {name}"), size_bytes: 4096, read_only }
+}
+
+fn option(number: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = OPTION_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(number.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
+    let mut data = (name.len() as u32).to_be_bytes().to_vec();
+    data.extend(name.as_bytes());
+    data.extend((wanted.len() as u16).to_be_bytes());
+    wanted.iter().for_each(|kind| data.extend(kind.to_be_bytes()));
+    data
+}
+
+/// Feeds client flags and then `input`; the answers and the last progress.
+fn run(exports: &[ExportInfo], client_flags: u32, input: &[u8]) -> (Result<Progress, HandshakeError>, BytesMut) {
+    let mut handshake = Handshake::new(exports.iter().collect());
+    let mut bytes = BytesMut::from(&client_flags.to_be_bytes()[..]);
+    bytes.extend_from_slice(input);
+    let mut output = BytesMut::new();
+    loop {
+        match handshake.advance(&mut bytes, &mut output) {
+            Ok(Progress::Again) => {}
+            end => return (end, output),
+        }
+    }
+}
+
+/// Takes (option, kind, body) replies apart.
+fn replies(mut output: BytesMut) -> Vec<(u32, u32, Vec<u8>)> {
+    let mut replies = Vec::new();
+    while !output.is_empty() {
+        assert_eq!(output.get_u64(), OPTION_REPLY_MAGIC);
+        let (option, kind, length) = (output.get_u32(), output.get_u32(), output.get_u32());
+        replies.push((option, kind, output.split_to(length as usize).to_vec()));
+    }
+    replies
+}
+
+fn kinds(output: BytesMut) -> Vec<u32> {
+    replies(output).into_iter().map(|(_, kind, _)| kind).collect()
+}
+
+const BOTH: u32 = CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES;
+
+#[test]
+fn go_describes_what_was_asked_for_and_starts_transmission() {
+    let exports = [export("a", false), export("b", false)];
+    let wanted = [INFO_BLOCK_SIZE, INFO_NAME, INFO_DESCRIPTION, 77];
+    let input = option(OPT_GO, &info_data("b", &wanted));
+    let (end, output) = run(&exports, BOTH, &input);
+    assert_eq!(end, Ok(Progress::Chosen(1)));
+    let replies = replies(output);
+    let infos: Vec<&[u8]> = replies.iter().map(|(_, _, body)| &body[..]).collect();
+    assert_eq!(infos[0][..10], [0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0]);
+    assert_eq!(infos[0][10..], 0b1_0110_1101_u16.to_be_bytes());
+    assert_eq!(infos[1], b"\0\x01b");
+    assert_eq!(infos[2], b"\0\x02about b");
+    assert_eq!(infos[3], b"\0\x03\0\0\0\x01\0\0\x10\0\x02\0\0\0");
+    assert_eq!(replies[4], (OPT_GO, REP_ACK, vec![]));
+}
+
+#[test]
+fn go_without_requests_sends_only_the_export() {
+    let (_, output) = run(&[export("a", false)], BOTH, &option(OPT_GO, &info_data("a", &[])));
+    assert_eq!(kinds(output), [REP_INFO, REP_ACK]);
+}
+
+#[test]
+fn info_answers_the_same_but_goes_on() {
+    let (end, output) = run(&[export("a", false)], BOTH, &option(OPT_INFO, &info_data("a", &[])));
+    assert_eq!(end, Ok(Progress::NeedInput));
+    assert_eq!(kinds(output), [REP_INFO, REP_ACK]);
+}
+
+#[test]
+fn the_empty_name_means_the_only_export() {
+    let go = option(OPT_GO, &info_data("", &[INFO_NAME]));
+    let (end, output) = run(&[export("a", false)], BOTH, &go);
+    assert_eq!(end, Ok(Progress::Chosen(0)));
+    assert_eq!(replies(output)[1].2, b"\0\x01a");
+
+    let (end, output) = run(&[export("a", false), export("b", false)], BOTH, &go);
+    assert_eq!(end, Ok(Progress::NeedInput));
+    assert_eq!(kinds(output), [REP_ERR_UNKNOWN]);
+}
+
+#[test]
+fn a_read_only_export_says_so_and_offers_no_changes() {
+    let flags = transmission_flags(&export("a", true));
+    assert_ne!(flags & TRANSMISSION_READ_ONLY, 0);
+    let changes = TRANSMISSION_SEND_TRIM | TRANSMISSION_SEND_WRITE_ZEROES;
+    assert_eq!(flags & changes, 0);
+}
+
+#[test]
+fn list_names_every_export() {
+    let exports = [export("a", false), export("b", false)];
+    let (_, output) = run(&exports, BOTH, &option(OPT_LIST, b""));
+    assert_eq!(
+        replies(output),
+        [
+            (OPT_LIST, REP_SERVER, b"\0\0\0\x01aabout a".to_vec()),
+            (OPT_LIST, REP_SERVER, b"\0\0\0\x01babout b".to_vec()),
+            (OPT_LIST, REP_ACK, vec![]),
+        ]
+    );
+    let (_, output) = run(&exports, BOTH, &option(OPT_LIST, b"x"));
+    assert_eq!(kinds(output), [REP_ERR_INVALID]);
+}
+
+#[test]
+fn export_name_sends_zeroes_unless_both_sides_leave_them_out() {
+    let input = option(OPT_EXPORT_NAME, b"a");
+    let exports = [export("a", false)];
+    let (end, output) = run(&exports, CLIENT_FIXED_NEWSTYLE, &input);
+    assert_eq!((end, output.len()), (Ok(Progress::Chosen(0)), 10 + 124));
+    let (end, output) = run(&exports, BOTH, &input);
+    assert_eq!((end, output.len()), (Ok(Progress::Chosen(0)), 10));
+    let (end, _) = run(&exports, BOTH, &option(OPT_EXPORT_NAME, b"z"));
+    assert_eq!(end, Err(HandshakeError::UnknownExport));
+}
+
+#[test]
+fn unknown_options_are_refused_and_their_data_is_passed_over() {
+    // STARTTLS, structured replies, meta contexts, extended headers, and one nobody knows.
+    for number in [5, 8, 9, 10, 11, 0x7fff_ffff] {
+        let mut input = option(number, &vec![0xee; OPTION_DISCARD_BYTES_MAX as usize]);
+        input.extend(option(OPT_LIST, b""));
+        let (end, output) = run(&[], BOTH, &input);
+        assert_eq!(end, Ok(Progress::NeedInput));
+        assert_eq!(kinds(output), [REP_ERR_UNSUP, REP_ACK]);
+    }
+}
+
+#[test]
+fn abort_is_acknowledged() {
+    let (end, output) = run(&[], BOTH, &option(OPT_ABORT, b""));
+    assert_eq!(end, Ok(Progress::Aborted));
+    assert_eq!(replies(output), [(OPT_ABORT, REP_ACK, vec![])]);
+}
+
+#[test]
+fn lengths_that_do_not_add_up_are_invalid_and_too_long_ones_too_big() {
+    let exports = [export("a", false)];
+    let mut huge_name = info_data("a", &[]);
+    huge_name[..4].copy_from_slice(&u32::MAX.to_be_bytes());
+    let mut extra = info_data("a", &[]);
+    extra.push(0);
+    for data in [huge_name, extra, vec![], vec![0; 5]] {
+        let (end, output) = run(&exports, BOTH, &option(OPT_GO, &data));
+        assert_eq!(end, Ok(Progress::NeedInput));
+        assert_eq!(kinds(output), [REP_ERR_INVALID], "{data:?}");
+    }
+    let long = info_data(&"n".repeat(STRING_BYTES_MAX + 1), &[]);
+    let too_long = vec![0; OPTION_DATA_BYTES_MAX as usize + 1];
+    for data in [long, too_long] {
+        let (end, output) = run(&exports, BOTH, &option(OPT_INFO, &data));
+        assert_eq!(end, Ok(Progress::NeedInput));
+        assert_eq!(kinds(output), [REP_ERR_TOO_BIG]);
+    }
+}
+
+#[test]
+fn breaking_the_protocol_ends_the_handshake() {
+    let (end, _) = run(&[], 4, &[]);
+    assert_eq!(end, Err(HandshakeError::ClientFlags { flags: 4 }));
+    let (end, _) = run(&[], BOTH, &[0; 16]);
+    assert_eq!(end, Err(HandshakeError::OptionMagic { found: 0 }));
+    let mut long = option(OPT_LIST, b"");
+    long[12..].copy_from_slice(&u32::MAX.to_be_bytes());
+    let length = u32::MAX;
+    let expected = HandshakeError::OptionTooLong { option: OPT_LIST, length };
+    assert_eq!(run(&[], BOTH, &long).0, Err(expected));
+    let many = option(OPT_LIST, b"").repeat(OPTIONS_MAX as usize + 1);
+    assert_eq!(run(&[], BOTH, &many).0, Err(HandshakeError::TooManyOptions));
+}
+
+#[test]
+fn input_may_arrive_byte_by_byte() {
+    let exports = [export("a", false)];
+    let mut handshake = Handshake::new(exports.iter().collect());
+    let mut bytes = BOTH.to_be_bytes().to_vec();
+    bytes.extend(option(99, b"data"));
+    bytes.extend(option(OPT_GO, &info_data("a", &[])));
+    let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
+    let mut end = Progress::NeedInput;
+    for byte in bytes {
+        assert_eq!(end, Progress::NeedInput);
+        input.put_u8(byte);
+        loop {
+            end = handshake.advance(&mut input, &mut output).unwrap();
+            if end != Progress::Again {
+                break;
+            }
+        }
+    }
+    assert_eq!(end, Progress::Chosen(0));
+    assert_eq!(kinds(output), [REP_ERR_UNSUP, REP_INFO, REP_ACK]);
+}
+
+fn chunk() -> impl Strategy<Value = Vec<u8>> {
+    let noise = prop::collection::vec(any::<u8>(), 0..64);
+    let framed = (0u32..12, prop::collection::vec(any::<u8>(), 0..64)).prop_map(|(number, data)| option(number, &data));
+    let claimed = (0u32..12, any::<u32>()).prop_map(|(number, length)| {
+        let mut bytes = option(number, b"");
+        bytes[12..].copy_from_slice(&length.to_be_bytes());
+        bytes
+    });
+    prop_oneof![noise, framed, claimed]
+}
+
+proptest! {
+    /// Arbitrary bytes end in an outcome, and neither output nor memory grows beyond what was sent.
+    #[test]
+    fn arbitrary_bytes_do_no_harm(flags in 0u32..5, chunks in prop::collection::vec(chunk(), 0..8)) {
+        let exports = [export("a", false), export("b", true)];
+        let mut handshake = Handshake::new(exports.iter().collect());
+        let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
+        input.put_u32(flags);
+        'chunks: for bytes in chunks {
+            input.extend_from_slice(&bytes);
+            let mut calls = 0;
+            loop {
+                calls += 1;
+                prop_assert!(calls < 100, "no progress");
+                let before = output.len();
+                match handshake.advance(&mut input, &mut output) {
+                    Ok(Progress::Again) => prop_assert!(output.len() - before < 1024),
+                    Ok(Progress::NeedInput) => break,
+                    Ok(Progress::Aborted | Progress::Chosen(_)) | Err(_) => break 'chunks,
+                }
+            }
+        }
+        prop_assert!(output.capacity() < 16 << 10);
+    }
+}

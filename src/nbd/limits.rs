@@ -1,0 +1,47 @@
+//! The bounds of the server. Owns their defaults and the floor below which the server could not work.
+
+use std::time::Duration;
+
+use super::budget::charge_bytes_max;
+
+/// What the server spends on its clients at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections open at a time; further ones are closed at once.
+    pub connections_max: usize,
+    /// From accepting a connection to the choice of an export.
+    pub handshake_timeout: Duration,
+    /// Payload and reply bytes in memory over all connections; when reached, no socket is read. Raised to the
+    /// longest single request if set lower.
+    pub inflight_bytes_max: usize,
+    /// Requests of one connection not yet answered; when reached, its socket is not read. At least 1.
+    pub requests_per_connection_max: usize,
+    /// How long a client may stop in the middle of a payload, or take nothing of its replies, before it is cut off:
+    /// it holds memory that others wait for.
+    pub stall_timeout: Duration,
+    /// How long outstanding requests may take after shutdown begins.
+    pub shutdown_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 128,
+            handshake_timeout: Duration::from_secs(10),
+            inflight_bytes_max: 64 << 20,
+            requests_per_connection_max: 512,
+            stall_timeout: Duration::from_secs(30),
+            shutdown_timeout: Duration::from_secs(4),
+        }
+    }
+}
+
+impl Limits {
+    /// The same, raised where a lower value could never serve the longest legal request.
+    pub(super) fn raised_to_minimum(mut self) -> Self {
+        self.connections_max = self.connections_max.max(1);
+        self.requests_per_connection_max = self.requests_per_connection_max.max(1);
+        self.inflight_bytes_max = self.inflight_bytes_max.max(charge_bytes_max());
+        self
+    }
+}

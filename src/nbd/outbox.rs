@@ -1,0 +1,321 @@
+//! The replies of one connection on their way out.
+//!
+//! Whoever holds the *pen* (there is one) writes to the socket; everybody else only appends to the queue. A completion
+//! on any thread that finds the pen free and hardly anything else outstanding writes its reply itself, without waking a
+//! task. The reader takes the pen
+//! while it hands a batch of requests to the backend, so that inline completions leave together. When the socket is
+//! full, the pen is parked for the connection's writer task, which waits for room. So replies never interleave, and a
+//! reply never waits while the pen is free. Also counts the requests that are not yet answered.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::budget::Charge;
+use super::constants::SIMPLE_REPLY_BYTES;
+use super::reply::Reply;
+use super::stream::WriteHalf;
+
+/// Replies in one system call, at two parts each.
+const REPLIES_PER_WRITE_MAX: usize = 64;
+/// A completing thread has other work: after this many writes it leaves the rest to the writer task.
+const WRITES_BY_ONE_HOLDER_MAX: usize = 4;
+/// With more requests outstanding than this, replies are worth collecting: the writer task sends them, many in one
+/// system call, instead of the completing thread each on its own.
+const OUTSTANDING_FOR_DIRECT_WRITE_MAX: usize = 8;
+
+/// A reply and the memory it stands for.
+#[derive(Debug)]
+pub(super) struct QueuedReply {
+    pub(super) reply: Reply,
+    /// `None` for a request that was refused or asked for nothing.
+    #[expect(dead_code, reason = "held until the reply has left")]
+    pub(super) charge: Option<Charge>,
+}
+
+/// The pen: replies being written, and how much of the first has left.
+#[derive(Debug, Default)]
+struct Pen {
+    replies: VecDeque<QueuedReply>,
+    front_written_bytes: usize,
+}
+
+#[derive(Debug)]
+enum PenPlace {
+    /// Nobody writes; then nothing is queued either.
+    Free(Pen),
+    Held,
+    /// The socket was full, or the holder had enough: the writer task's turn.
+    Parked(Pen),
+}
+
+#[derive(Debug)]
+struct Queue {
+    pending: VecDeque<QueuedReply>,
+    pen: PenPlace,
+    /// The connection is dead; replies are thrown away.
+    broken: bool,
+}
+
+/// The outgoing side of one connection.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    stream: WriteHalf,
+    queue: Mutex<Queue>,
+    pen_parked: Notify,
+    /// Requests taken in whose replies have not left.
+    outstanding: AtomicUsize,
+    outstanding_fell: Notify,
+}
+
+/// Holds replies back until dropped, so that those of one batch leave together.
+pub(super) struct Cork {
+    outbox: Arc<Outbox>,
+    pen: Option<Pen>,
+}
+
+enum Written {
+    Everything,
+    SocketFull,
+}
+
+impl Outbox {
+    pub(super) fn new(stream: WriteHalf) -> Self {
+        Self {
+            stream,
+            queue: Mutex::new(Queue { pending: VecDeque::new(), pen: PenPlace::Free(Pen::default()), broken: false }),
+            pen_parked: Notify::new(),
+            outstanding: AtomicUsize::new(0),
+            outstanding_fell: Notify::new(),
+        }
+    }
+
+    pub(super) fn stream(&self) -> &WriteHalf {
+        &self.stream
+    }
+
+    /// Counts a request as taken in. Each is followed by one [`Self::send`] or [`Self::abandon`].
+    pub(super) fn begin(&self) {
+        self.outstanding.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The request will have no reply.
+    pub(super) fn abandon(&self) {
+        self.on_left(1);
+    }
+
+    pub(super) fn outstanding(&self) -> usize {
+        self.outstanding.load(Ordering::Acquire)
+    }
+
+    /// Waits until fewer than `limit` requests are outstanding.
+    pub(super) async fn outstanding_below(&self, limit: usize) {
+        loop {
+            let mut fell = pin!(self.outstanding_fell.notified());
+            fell.as_mut().enable();
+            if self.outstanding() < limit {
+                return;
+            }
+            fell.await;
+        }
+    }
+
+    /// Queues a reply and, if the pen is free, writes it. Never blocks; from any thread.
+    pub(super) fn send(&self, reply: QueuedReply) {
+        let mut queue = self.lock();
+        if queue.broken {
+            drop(queue);
+            self.on_left(1);
+            return;
+        }
+        queue.pending.push_back(reply);
+        if let Some(pen) = queue.take_free_pen() {
+            if self.outstanding() <= OUTSTANDING_FOR_DIRECT_WRITE_MAX {
+                drop(queue);
+                self.write_and_put_down(pen);
+            } else {
+                queue.pen = PenPlace::Parked(pen);
+                drop(queue);
+                self.pen_parked.notify_one();
+            }
+        }
+    }
+
+    /// Takes the pen, if it is free, so that replies queue up until the cork is dropped.
+    pub(super) fn cork(self: &Arc<Self>) -> Cork {
+        Cork { pen: self.lock().take_free_pen(), outbox: Arc::clone(self) }
+    }
+
+    /// The writer task of the connection: waits for room whenever the socket was full. Never returns.
+    pub(super) async fn write_parked(&self, stall_timeout: Duration) {
+        loop {
+            self.pen_parked.notified().await;
+            let parked = self.lock().take_parked_pen();
+            if let Some(mut pen) = parked
+                && let Err(error) = self.write_patiently(&mut pen, stall_timeout).await
+            {
+                self.break_off(pen, &error);
+            }
+        }
+    }
+
+    /// Ends the connection and throws away what has not left.
+    pub(super) fn close(&self) {
+        let mut queue = self.lock();
+        queue.broken = true;
+        let mut left = std::mem::take(&mut queue.pending);
+        if let Some(mut pen) = queue.take_free_pen().or_else(|| queue.take_parked_pen()) {
+            left.append(&mut pen.replies);
+        }
+        drop(queue);
+        self.stream.shut_down();
+        self.on_left(left.len());
+    }
+
+    async fn write_patiently(&self, pen: &mut Pen, stall_timeout: Duration) -> io::Result<()> {
+        while self.refill(pen) {
+            if let Written::SocketFull = self.write_once(pen)? {
+                tokio::time::timeout(stall_timeout, self.stream.writable())
+                    .await
+                    .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is queued as far as the socket takes it, then frees or parks the pen.
+    fn write_and_put_down(&self, mut pen: Pen) {
+        for _ in 0..WRITES_BY_ONE_HOLDER_MAX {
+            if !self.refill(&mut pen) {
+                return;
+            }
+            match self.write_once(&mut pen) {
+                Ok(Written::Everything) => {}
+                Ok(Written::SocketFull) => break,
+                Err(error) => return self.break_off(pen, &error),
+            }
+        }
+        self.lock().pen = PenPlace::Parked(pen);
+        self.pen_parked.notify_one();
+    }
+
+    /// Moves queued replies to an empty pen. False if there are none: the pen is free then, and `pen` only an empty
+    /// shell.
+    fn refill(&self, pen: &mut Pen) -> bool {
+        if !pen.replies.is_empty() {
+            return true;
+        }
+        let mut queue = self.lock();
+        if queue.pending.is_empty() {
+            queue.pen = PenPlace::Free(std::mem::take(pen));
+            return false;
+        }
+        std::mem::swap(&mut queue.pending, &mut pen.replies);
+        true
+    }
+
+    /// One system call.
+    fn write_once(&self, pen: &mut Pen) -> io::Result<Written> {
+        let mut parts = [IoSlice::new(&[]); 2 * REPLIES_PER_WRITE_MAX];
+        let (count, wanted_bytes) = pen.parts(&mut parts);
+        match self.stream.try_write_vectored(&parts[..count]) {
+            Ok(written_bytes) => {
+                self.on_left(pen.advance(written_bytes));
+                Ok(if written_bytes == wanted_bytes { Written::Everything } else { Written::SocketFull })
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Written::SocketFull),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Written::Everything),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn break_off(&self, pen: Pen, error: &io::Error) {
+        tracing::info!(%error, "NBD connection lost while replying");
+        let lost = pen.replies.len();
+        drop(pen);
+        self.close();
+        self.on_left(lost);
+    }
+
+    fn on_left(&self, replies: usize) {
+        if replies > 0 {
+            self.outstanding.fetch_sub(replies, Ordering::AcqRel);
+            self.outstanding_fell.notify_waiters();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Nothing that can panic happens under the lock.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    fn take_free_pen(&mut self) -> Option<Pen> {
+        match std::mem::replace(&mut self.pen, PenPlace::Held) {
+            PenPlace::Free(pen) => Some(pen),
+            other @ (PenPlace::Held | PenPlace::Parked(_)) => {
+                self.pen = other;
+                None
+            }
+        }
+    }
+
+    fn take_parked_pen(&mut self) -> Option<Pen> {
+        match std::mem::replace(&mut self.pen, PenPlace::Held) {
+            PenPlace::Parked(pen) => Some(pen),
+            other @ (PenPlace::Held | PenPlace::Free(_)) => {
+                self.pen = other;
+                None
+            }
+        }
+    }
+}
+
+impl Pen {
+    /// Fills `parts` with what is to be written next; how many parts and bytes that is.
+    fn parts<'a>(&'a self, parts: &mut [IoSlice<'a>]) -> (usize, usize) {
+        let (mut count, mut bytes) = (0, 0);
+        let mut skip = self.front_written_bytes;
+        for QueuedReply { reply, .. } in self.replies.iter().take(parts.len() / 2) {
+            let head = &reply.head[skip.min(SIMPLE_REPLY_BYTES)..];
+            let data = &reply.data[skip.saturating_sub(SIMPLE_REPLY_BYTES)..];
+            skip = 0;
+            for part in [head, data] {
+                if !part.is_empty() {
+                    parts[count] = IoSlice::new(part);
+                    count += 1;
+                    bytes += part.len();
+                }
+            }
+        }
+        (count, bytes)
+    }
+
+    /// Forgets what has been written; how many replies have left whole.
+    fn advance(&mut self, written_bytes: usize) -> usize {
+        let mut left = 0;
+        self.front_written_bytes += written_bytes;
+        while let Some(front) = self.replies.front()
+            && self.front_written_bytes >= front.reply.len_bytes()
+        {
+            self.front_written_bytes -= front.reply.len_bytes();
+            self.replies.pop_front();
+            left += 1;
+        }
+        left
+    }
+}
+
+impl Drop for Cork {
+    fn drop(&mut self) {
+        if let Some(pen) = self.pen.take() {
+            self.outbox.write_and_put_down(pen);
+        }
+    }
+}

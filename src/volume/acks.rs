@@ -1,0 +1,50 @@
+//! Changes and flushes that wait for their ack policy to be met.
+
+use std::collections::VecDeque;
+
+use protocol::Seq;
+
+use super::Time;
+
+#[derive(Debug)]
+struct Waiting<T> {
+    seq: Seq,
+    token: T,
+    queued_at: Time,
+}
+
+/// Requests of one policy, in order of the place that must be held.
+#[derive(Debug)]
+pub(super) struct Acks<T> {
+    waiting: VecDeque<Waiting<T>>,
+}
+
+impl<T> Acks<T> {
+    pub(super) fn new() -> Acks<T> {
+        Acks { waiting: VecDeque::new() }
+    }
+
+    pub(super) fn push(&mut self, seq: Seq, token: T, now: Time) {
+        assert!(self.waiting.back().is_none_or(|last| last.seq <= seq), "places are given out in order");
+        self.waiting.push_back(Waiting { seq, token, queued_at: now });
+    }
+
+    /// Takes the next request whose place is at most `committed`.
+    pub(super) fn pop_committed(&mut self, committed: Seq) -> Option<T> {
+        if self.waiting.front()?.seq <= committed { self.waiting.pop_front().map(|w| w.token) } else { None }
+    }
+
+    /// Takes the next request that has waited since before `limit`.
+    pub(super) fn pop_older(&mut self, limit: Time) -> Option<T> {
+        if self.waiting.front()?.queued_at < limit { self.waiting.pop_front().map(|w| w.token) } else { None }
+    }
+
+    /// Takes the next request.
+    pub(super) fn pop(&mut self) -> Option<T> {
+        self.waiting.pop_front().map(|w| w.token)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}

@@ -1,0 +1,524 @@
+//! How an engine comes to serve (DESIGN section 5.3, a rule).
+//!
+//! 1. *Gather*: greet every replica; refuse at once what is not this volume, wait while another engine is confirmed.
+//! 2. *Promise*: ask for a promise of an epoch higher than any seen. Of the answers the highest position names the view;
+//!    enough of its members must have answered. The highest of these is the source of the true history.
+//! 3. *Replay*: members whose log is a prefix of the source's get what they lack from its journal, one after another.
+//! 4. *Start*: the first record of the epoch goes to all; once enough members hold it durably, and no earlier engine can
+//!    count on a lease any more, the volume serves. Members that took no part are then dropped by ordinary view changes.
+//!
+//! Losing a participant before step 4, or meeting a higher promise, starts over with a new epoch; nothing was served.
+
+use std::fmt;
+use std::time::Duration;
+
+use protocol::message::{Promised, Welcome};
+use protocol::ranges::ByteRange;
+use protocol::{Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View};
+
+use super::log::Log;
+use super::membership::Membership;
+use super::peer::{Link, Role};
+use super::{DropReason, Event, Failure, Notice, PeerId, Phase, Time, Volume};
+
+/// How long to wait for replicas that could be done without.
+const GRACE: Duration = Duration::from_millis(1000);
+
+#[derive(Debug)]
+pub(super) struct Activation {
+    started_at: Time,
+    step: Step,
+    step_since: Time,
+    highest_promised: Epoch,
+    serve_not_before: Time,
+    other_engine: Option<OtherEngine>,
+}
+
+#[derive(Clone, Debug)]
+struct OtherEngine {
+    replica: ReplicaName,
+    heard_at: Time,
+}
+
+#[derive(Debug)]
+enum Step {
+    Gather,
+    Promise,
+    Replay(Replay),
+    Start { seq: Seq },
+}
+
+#[derive(Debug)]
+struct Replay {
+    source: PeerId,
+    /// Members that take part, those that are behind and those that are not.
+    usable: Vec<PeerId>,
+    /// The last record of the true history.
+    goal: Seq,
+    /// The member being brought up, and the last record sent on to it.
+    current: Option<(PeerId, Seq)>,
+    fetching: bool,
+}
+
+/// A replica that is needed and did not answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MissingReplica {
+    /// Its name.
+    pub replica: ReplicaName,
+    /// What stood in the way.
+    pub reason: String,
+}
+
+/// Why a volume does not start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StartRefusal {
+    /// Not enough replicas answered at all to know the view.
+    Unknown {
+        /// Those that did not.
+        missing: Vec<MissingReplica>,
+    },
+    /// Too few members of the last view answered: records that were acknowledged may be on the missing ones only.
+    Missing {
+        /// The last view.
+        view: View,
+        /// How many of its members must answer.
+        needed: usize,
+        /// Those that did not.
+        missing: Vec<MissingReplica>,
+        /// The most advanced that did, and where it stands.
+        best: Option<(ReplicaName, Position)>,
+        /// Up to here the missing ones are known to have held everything.
+        held_at_least: Seq,
+    },
+    /// A member of the view is not in the configuration.
+    NotConfigured {
+        /// Which.
+        replica: ReplicaName,
+        /// The view.
+        view: View,
+    },
+    /// Another engine serves the volume.
+    OtherEngine {
+        /// The replica that said so.
+        replica: ReplicaName,
+    },
+    /// A replica is not one of this volume.
+    Mismatch {
+        /// Which.
+        replica: ReplicaName,
+        /// What differs.
+        what: String,
+    },
+}
+
+impl fmt::Display for StartRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |f: &mut fmt::Formatter<'_>, missing: &[MissingReplica]| -> fmt::Result {
+            for (i, m) in missing.iter().enumerate() {
+                write!(f, "{}replica {}: {}", if i == 0 { "" } else { "; " }, m.replica, m.reason)?;
+            }
+            Ok(())
+        };
+        match self {
+            StartRefusal::Unknown { missing } => {
+                write!(f, "no replica gave its position (")?;
+                list(f, missing)?;
+                write!(f, ")")
+            }
+            StartRefusal::Missing { view, needed, missing, best, held_at_least } => {
+                write!(f, "{needed} of the members {view} must answer to start; missing are ")?;
+                list(f, missing)?;
+                write!(f, "; they held everything up to record {held_at_least}")?;
+                if let Some((replica, position)) = best {
+                    write!(f, ", the most advanced of the others, {replica}, stands at {position}")?;
+                }
+                write!(f, "; writes acknowledged after that may be on the missing ones alone")
+            }
+            StartRefusal::NotConfigured { replica, view } => {
+                write!(f, "replica {replica} is a member of the last view ({view}) but not in the configuration")
+            }
+            StartRefusal::OtherEngine { replica } => {
+                write!(f, "another engine serves the volume, as replica {replica} says")
+            }
+            StartRefusal::Mismatch { replica, what } => write!(f, "replica {replica} {what}"),
+        }
+    }
+}
+
+impl Activation {
+    pub(super) fn new(now: Time) -> Activation {
+        Activation {
+            started_at: now,
+            step: Step::Gather,
+            step_since: now,
+            highest_promised: Epoch(0),
+            serve_not_before: Time::ZERO,
+            other_engine: None,
+        }
+    }
+}
+
+impl<T> Volume<T> {
+    fn activation(&mut self) -> Option<&mut Activation> {
+        match &mut self.phase {
+            Phase::Activating(activation) => Some(activation),
+            Phase::Serving | Phase::Dead => None,
+        }
+    }
+
+    fn refuse_start(&mut self, refusal: StartRefusal) {
+        self.die(Failure::Shutdown);
+        self.events.push_back(Event::StartRefused(refusal));
+    }
+
+    // ---- what peers say ----------------------------------------------------------------------------------------
+
+    pub(super) fn on_welcome(&mut self, now: Time, peer: PeerId, welcome: Welcome) {
+        if let Some(what) = self.mismatch(&welcome) {
+            let replica = self.peers[peer].name.clone();
+            if self.activation().is_some() && self.log.is_none() {
+                return self.refuse_start(StartRefusal::Mismatch { replica, what });
+            }
+            self.peers[peer].last_error = Some(what);
+            return self.disconnect(now, peer);
+        }
+        self.uuid.get_or_insert(welcome.uuid);
+        let (take_over, serving) = (self.settings.take_over, self.log.is_some());
+        let at = &mut self.peers[peer];
+        if let Some(ms_ago) = welcome.other_engine_ms_ago
+            && !take_over
+            && !serving
+        {
+            let replica = at.name.clone();
+            at.last_error = Some(format!("another engine was there {ms_ago} ms ago"));
+            self.disconnect(now, peer);
+            if let Some(activation) = self.activation() {
+                activation.other_engine = Some(OtherEngine { replica, heard_at: now });
+            }
+            return;
+        }
+        self.record_payload_bytes_max = self.record_payload_bytes_max.min(welcome.record_payload_bytes_max);
+        self.journal_bytes_min = self.journal_bytes_min.min(welcome.journal_bytes);
+        let promised = welcome.promised;
+        at.welcome = Some(welcome);
+        at.link = Link::Welcomed;
+        at.last_error = None;
+        if let Some(activation) = self.activation() {
+            activation.highest_promised = activation.highest_promised.max(promised);
+        }
+        let joins = match &self.phase {
+            Phase::Activating(Activation { step: Step::Promise, .. }) => true,
+            Phase::Activating(_) | Phase::Serving => self.peers[peer].role == Role::Member,
+            Phase::Dead => false,
+        };
+        if joins {
+            self.ask_promise(now, peer);
+        }
+    }
+
+    fn mismatch(&self, welcome: &Welcome) -> Option<String> {
+        let size = self.settings.size_bytes;
+        if welcome.size_bytes != size {
+            return Some(format!("has {} bytes, the configuration says {size}", welcome.size_bytes));
+        }
+        match self.uuid {
+            Some(uuid) if uuid != welcome.uuid => {
+                Some(format!("belongs to volume {}, the others to volume {uuid}", welcome.uuid))
+            }
+            Some(_) | None => None,
+        }
+    }
+
+    fn ask_promise(&mut self, now: Time, peer: PeerId) {
+        let lease_ms = self.settings.lease.as_millis() as u32;
+        let promise = ToAgent::Promise { epoch: self.epoch, engine: self.settings.engine, lease_ms };
+        let at = &mut self.peers[peer];
+        at.link = Link::Promising { sent_at: now };
+        at.push_urgent(promise);
+    }
+
+    pub(super) fn on_promised(&mut self, now: Time, peer: PeerId, promised: Promised) {
+        let at = &mut self.peers[peer];
+        let Link::Promising { sent_at } = at.link else { return };
+        if promised.epoch != self.epoch {
+            return;
+        }
+        at.link = Link::Ready;
+        at.confirmed_at = Some(sent_at);
+        if self.log.is_some() {
+            return self.on_return(now, peer, &promised);
+        }
+        at.restart_from(promised.position.seq);
+        let until = now + Duration::from_millis(promised.lease_remaining_ms.into());
+        at.promised = Some(promised);
+        if let Some(activation) = self.activation() {
+            activation.serve_not_before = activation.serve_not_before.max(until);
+        }
+    }
+
+    /// A member is back after its connection was lost: it goes on from what it holds.
+    fn on_return(&mut self, now: Time, peer: PeerId, promised: &Promised) {
+        let Some(log) = &self.log else { return };
+        let found = promised.position;
+        let end = Position { epoch: self.epoch, seq: log.last() };
+        let at = &mut self.peers[peer];
+        let same_history = self.history.has_prefix(found, end) && log.holds_all_after(found.seq);
+        if found.seq < at.durable || !same_history {
+            let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
+            self.notice(notice);
+            self.disconnect(now, peer);
+            // What it lacks is dropped from its account, so that the drop record lists all of it.
+            self.peers[peer].role = Role::Leaving;
+            if self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
+                self.propose_drop(now, peer, DropReason::LostData);
+            }
+            return;
+        }
+        at.restart_from(found.seq);
+    }
+
+    pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        let Some((target, forwarded)) = &mut replay.current else { return };
+        if replay.source == peer && record.seq() == forwarded.next() && record.seq() <= replay.goal {
+            *forwarded = record.seq();
+            self.peers[*target].push_urgent(ToAgent::Append(record));
+        }
+    }
+
+    pub(super) fn on_fetch_end(&mut self, now: Time, peer: PeerId, next: Seq) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        if replay.source != peer {
+            return;
+        }
+        replay.fetching = false;
+        let progress = replay
+            .current
+            .is_some_and(|(target, forwarded)| forwarded.next() == next && forwarded > self.peers[target].durable);
+        if !progress {
+            self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
+            self.start_over(now);
+        }
+    }
+
+    pub(super) fn activation_lost(&mut self, now: Time, peer: PeerId) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
+        if replay.usable.contains(&peer) {
+            self.start_over(now);
+        }
+    }
+
+    /// Another engine holds a higher promise.
+    pub(super) fn outbid(&mut self, now: Time, promised: Epoch) {
+        if let Some(activation) = self.activation() {
+            activation.highest_promised = activation.highest_promised.max(promised);
+        }
+        self.start_over(now);
+    }
+
+    fn start_over(&mut self, now: Time) {
+        for peer in 0..self.peers.len() {
+            if !matches!(self.peers[peer].link, Link::Down { .. }) {
+                self.disconnect(now, peer);
+            }
+        }
+        self.enter(now, Step::Gather);
+    }
+
+    fn enter(&mut self, now: Time, step: Step) {
+        if let Some(activation) = self.activation() {
+            activation.step = step;
+            activation.step_since = now;
+        }
+    }
+
+    // ---- steps -------------------------------------------------------------------------------------------------
+
+    pub(super) fn advance_activation(&mut self, now: Time) {
+        let Phase::Activating(activation) = &self.phase else { return };
+        let waited = now.saturating_sub(activation.step_since) >= GRACE;
+        let too_late = now.saturating_sub(activation.started_at) >= self.settings.start_timeout;
+        match &activation.step {
+            Step::Gather => {
+                let welcomed = self.peers.iter().filter(|p| matches!(p.link, Link::Welcomed)).count();
+                if welcomed == self.peers.len() || (waited && welcomed > 0) {
+                    self.begin_promise(now);
+                } else if too_late {
+                    self.refuse_late(now);
+                }
+            }
+            Step::Promise => {
+                if !self.try_choose(now, waited) && too_late {
+                    self.refuse_late(now);
+                }
+            }
+            Step::Replay(_) => self.advance_replay(now),
+            Step::Start { seq } => {
+                let (seq, not_before) = (*seq, activation.serve_not_before);
+                self.advance_view();
+                if now >= not_before && self.committed_at_start(seq) {
+                    self.phase = Phase::Serving;
+                    self.events.push_back(Event::Serving);
+                } else if too_late && now >= not_before {
+                    self.refuse_late(now);
+                }
+            }
+        }
+    }
+
+    fn committed_at_start(&self, seq: Seq) -> bool {
+        let Some(membership) = &self.membership else { return false };
+        let view = &membership.in_force;
+        let holding = self.peers.iter().filter(|p| view.contains(&p.name) && p.durable >= seq).count();
+        holding >= self.settings.ack_write.needed(view.len())
+    }
+
+    fn begin_promise(&mut self, now: Time) {
+        let Some(activation) = self.activation() else { return };
+        let epoch = Epoch(activation.highest_promised.max(Epoch(0)).0 + 1);
+        activation.highest_promised = epoch;
+        self.epoch = epoch;
+        self.enter(now, Step::Promise);
+        for peer in 0..self.peers.len() {
+            if matches!(self.peers[peer].link, Link::Welcomed) {
+                self.ask_promise(now, peer);
+            }
+        }
+    }
+
+    /// The most advanced of the replicas that promised and can stand for the volume.
+    fn top(&self) -> Option<&Promised> {
+        let promises = self.peers.iter().filter_map(|p| p.promised.as_ref());
+        promises.filter(|p| !p.syncing).max_by_key(|p| p.position)
+    }
+
+    fn answered(&self, view: &View) -> Vec<PeerId> {
+        let stands = |id: &PeerId| {
+            let peer = &self.peers[*id];
+            view.contains(&peer.name) && peer.is_ready() && peer.promised.as_ref().is_some_and(|p| !p.syncing)
+        };
+        (0..self.peers.len()).filter(stands).collect()
+    }
+
+    /// Goes on to the replay if enough members have promised. Whether more may still come decides `waited`.
+    fn try_choose(&mut self, now: Time, waited: bool) -> bool {
+        let Some(top) = self.top().cloned() else { return false };
+        let view = &top.views.view;
+        let unconfigured = view.members().iter().find(|m| self.peers.iter().all(|p| p.name != **m));
+        if let Some(replica) = unconfigured.cloned() {
+            let view = view.clone();
+            self.refuse_start(StartRefusal::NotConfigured { replica, view });
+            return true;
+        }
+        let answered = self.answered(view);
+        let enough = answered.len() >= self.quorum_policy().activation(view.len());
+        let may_come = answered.len() < view.len() && !waited;
+        if !enough || may_come {
+            return false;
+        }
+        let position = |id: &PeerId| self.peers[*id].promised.as_ref().map(|p| p.position);
+        let Some(source) = answered.iter().copied().max_by_key(position) else { return false };
+        let Some(truth) = self.peers[source].promised.clone() else { return false };
+        let is_usable = |id: &PeerId| {
+            self.peers[*id].promised.as_ref().is_some_and(|p| {
+                let own = p.position;
+                truth.history.has_prefix(own, truth.position)
+                    && (own.seq == truth.position.seq || truth.journal_first <= own.seq.next())
+            })
+        };
+        let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
+        let goal = truth.position.seq;
+        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching: false }));
+        self.advance_replay(now);
+        true
+    }
+
+    fn advance_replay(&mut self, now: Time) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        let done = replay.current.is_some_and(|(target, _)| self.peers[target].durable >= replay.goal);
+        if done || replay.current.is_none() {
+            let behind = replay.usable.iter().copied().find(|id| self.peers[*id].durable < replay.goal);
+            replay.current = behind.map(|id| (id, self.peers[id].durable));
+            let Some((target, durable)) = replay.current else { return self.begin_epoch(now) };
+            let notice = Notice::Replaying {
+                replica: self.peers[target].name.clone(),
+                source: self.peers[replay.source].name.clone(),
+                records: replay.goal.ahead_of(durable),
+            };
+            self.events.push_back(Event::Notice(notice));
+        }
+        // The next part is fetched when the one before is durable: that bounds what is in memory.
+        if let Some((target, forwarded)) = replay.current
+            && !replay.fetching
+            && self.peers[target].durable == forwarded
+        {
+            replay.fetching = true;
+            self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
+        }
+    }
+
+    fn begin_epoch(&mut self, now: Time) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
+        let (goal, usable, source) = (replay.goal, replay.usable.clone(), replay.source);
+        let Some(truth) = self.peers[source].promised.clone() else { return };
+        let membership = Membership::found(&truth.views);
+        let target = membership.target().clone();
+        for (id, peer) in self.peers.iter_mut().enumerate() {
+            peer.role = match (target.contains(&peer.name), usable.contains(&id)) {
+                (true, true) => Role::Member,
+                (true, false) => Role::Leaving,
+                (false, _) => Role::Dropped,
+            };
+            if peer.role == Role::Member {
+                peer.restart_from(goal);
+            }
+        }
+        self.membership = Some(membership);
+        self.history = truth.history;
+        self.log = Some(Log::new(goal));
+        self.stable_told = Seq(0);
+        let nowhere = ByteRange { offset: 0, length: 0 };
+        let seq = self.append(now, RecordKind::EpochStart, nowhere, false, bytes::Bytes::new());
+        self.history.note(Position { epoch: self.epoch, seq });
+        for id in 0..self.peers.len() {
+            let peer = &self.peers[id];
+            if peer.role != Role::Member && matches!(peer.link, Link::Ready | Link::Promising { .. }) {
+                self.disconnect(now, id);
+            }
+        }
+        self.enter(now, Step::Start { seq });
+    }
+
+    fn refuse_late(&mut self, now: Time) {
+        let missing = |name: &ReplicaName| -> MissingReplica {
+            let peer = self.peers.iter().find(|p| p.name == *name);
+            let reason = peer.and_then(|p| p.last_error.clone()).unwrap_or_else(|| "no answer".to_owned());
+            MissingReplica { replica: name.clone(), reason }
+        };
+        if let Phase::Activating(Activation { other_engine: Some(other), .. }) = &self.phase
+            && now.saturating_sub(other.heard_at) < self.settings.lease
+        {
+            let replica = other.replica.clone();
+            return self.refuse_start(StartRefusal::OtherEngine { replica });
+        }
+        let Some(top) = self.top() else {
+            let missing = self.peers.iter().filter(|p| p.promised.is_none()).map(|p| missing(&p.name)).collect();
+            return self.refuse_start(StartRefusal::Unknown { missing });
+        };
+        let view = top.views.view.clone();
+        let answered = self.answered(&view);
+        let absent = view.members().iter().filter(|m| answered.iter().all(|id| self.peers[*id].name != **m));
+        let best = answered
+            .iter()
+            .filter_map(|id| Some((self.peers[*id].name.clone(), self.peers[*id].promised.as_ref()?.position)))
+            .max_by_key(|(_, position)| *position);
+        let refusal = StartRefusal::Missing {
+            needed: self.quorum_policy().activation(view.len()),
+            missing: absent.map(missing).collect(),
+            best,
+            held_at_least: Seq(top.journal_first.0.saturating_sub(1)),
+            view,
+        };
+        self.refuse_start(refusal);
+    }
+}

@@ -1,0 +1,191 @@
+//! Reads: whom to ask, when to ask another, when an answer may be given.
+//!
+//! A member answers a read as of its place in the order of messages, so any member's answer is fresh. An answer may show
+//! records that were applied meanwhile; if more than one member must hold a record before it is acknowledged, the answer
+//! waits until all that it may show is (otherwise a later engine could take back what a client has read).
+
+use bytes::Bytes;
+use protocol::checksum::crc32;
+use protocol::message::ReadOutcome;
+use protocol::ranges::ByteRange;
+use protocol::{RECORD_PAYLOAD_BYTES_MAX, Seq, ToAgent};
+
+use super::membership::Membership;
+use super::peer::READS_OUTSTANDING_MAX;
+use super::reads::Held;
+use super::{Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
+
+impl<T> Volume<T> {
+    pub(super) fn begin_read(&mut self, now: Time, token: T, range: ByteRange) {
+        for piece in self.reads.begin(token, range, u64::from(RECORD_PAYLOAD_BYTES_MAX), now) {
+            self.ask(now, piece);
+        }
+    }
+
+    /// Members that may be asked for a piece, the best first: few reads under way, little lag.
+    fn candidates(&self, piece: u64) -> Vec<PeerId> {
+        let Some(membership) = &self.membership else { return Vec::new() };
+        let asked = self.reads.pieces.get(&piece).map_or(&[][..], |p| &p.asked[..]);
+        let may = |id: &PeerId| {
+            let peer = &self.peers[*id];
+            peer.is_ready_member()
+                && membership.in_force.contains(&peer.name)
+                && peer.reads.len() < READS_OUTSTANDING_MAX
+                && !asked.contains(id)
+        };
+        let mut candidates: Vec<PeerId> = (0..self.peers.len()).filter(may).collect();
+        let last = self.log.as_ref().map_or(Seq(0), super::Log::last);
+        candidates.sort_by_key(|id| {
+            let peer = &self.peers[*id];
+            // A backlog is read behind; a few records in flight are not.
+            (last.ahead_of(peer.durable) / 64, peer.reads.len(), *id)
+        });
+        candidates
+    }
+
+    /// Asks one member for a piece, or all that can be asked.
+    fn ask(&mut self, now: Time, piece: u64) {
+        let mut candidates = self.candidates(piece);
+        if self.settings.read == ReadSpread::Adaptive {
+            candidates.truncate(1);
+        }
+        let last = self.log.as_ref().map_or(Seq(0), super::Log::last);
+        for id in candidates {
+            let Some(at) = self.reads.pieces.get_mut(&piece) else { return };
+            at.asked.push(id);
+            at.outstanding += 1;
+            at.asked_at = now;
+            let (offset, length) = (at.range.offset, at.range.length as u32);
+            let peer = &mut self.peers[id];
+            peer.reads.insert(piece);
+            peer.push_after(last, ToAgent::Read { id: piece, offset, length });
+        }
+    }
+
+    pub(super) fn on_read_done(&mut self, now: Time, peer: PeerId, id: u64, applied: Seq, outcome: ReadOutcome) {
+        if !self.peers[peer].reads.remove(&id) {
+            return;
+        }
+        let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
+        piece.outstanding -= 1;
+        let (range, asked_at) = (piece.range, piece.asked_at);
+        match outcome {
+            ReadOutcome::Data { data, crc } if data.len() as u64 == range.length && crc32(&data) == crc => {
+                self.reads.note_latency(now.saturating_sub(asked_at));
+                let until = self.must_be_committed(range, applied);
+                self.answer_or_hold(now, Held { piece: id, data, until });
+            }
+            ReadOutcome::Data { .. } => self.read_failed(now, peer, id, None),
+            ReadOutcome::ChecksumMismatch { offset } => self.read_failed(now, peer, id, Some(offset)),
+            ReadOutcome::Failed => self.read_failed(now, peer, id, None),
+        }
+    }
+
+    fn read_failed(&mut self, now: Time, peer: PeerId, id: u64, offset: Option<u64>) {
+        self.peers[peer].checksum_errors += u64::from(offset.is_some());
+        let replica = self.peers[peer].name.clone();
+        self.notice(Notice::ReadFailed { replica, offset });
+        if let Some(piece) = self.reads.pieces.get_mut(&id) {
+            piece.failed.push(peer);
+        }
+        self.ask_another_or_fail(now, id);
+    }
+
+    /// What a read showed must be acknowledged up to here before it is answered.
+    fn must_be_committed(&self, range: ByteRange, applied: Seq) -> Seq {
+        let view_size = self.membership.as_ref().map_or(1, |m| m.in_force.len());
+        if self.quorum_policy().needed(view_size) == 1 {
+            // The member that answered holds what it showed, and one is enough.
+            return Seq(0);
+        }
+        self.log.as_ref().and_then(|log| log.last_change(range, applied)).unwrap_or(Seq(0))
+    }
+
+    fn answer_or_hold(&mut self, now: Time, held: Held) {
+        if self.may_answer(now, held.until) {
+            self.answer(held.piece, held.data);
+        } else {
+            self.reads.held.push(held);
+        }
+    }
+
+    fn may_answer(&self, now: Time, until: Seq) -> bool {
+        let serving = matches!(self.phase, Phase::Serving);
+        serving && until <= self.committed(self.quorum_policy()) && self.has_lease(now)
+    }
+
+    /// Whether enough members confirmed this epoch lately that no other engine can have activated.
+    pub(super) fn has_lease(&self, now: Time) -> bool {
+        let Some(Membership { in_force, .. }) = &self.membership else { return false };
+        let confirmed = |p: &&super::Peer| {
+            in_force.contains(&p.name) && p.confirmed_at.is_some_and(|at| now.saturating_sub(at) < self.settings.lease)
+        };
+        let needed = self.quorum_policy().view_change(in_force.len());
+        self.peers.iter().filter(confirmed).count() >= needed
+    }
+
+    fn answer(&mut self, piece: u64, data: Bytes) {
+        if let Some((token, data)) = self.reads.finish_piece(piece, data) {
+            self.complete(token, Ok(data));
+        }
+    }
+
+    /// Gives the answers that may be given now, and asks for pieces that nobody was asked for.
+    pub(super) fn release_reads(&mut self, now: Time) {
+        if !self.reads.held.is_empty() {
+            for held in std::mem::take(&mut self.reads.held) {
+                self.answer_or_hold(now, held);
+            }
+        }
+        if self.reads.pieces.is_empty() {
+            return;
+        }
+        let held = &self.reads.held;
+        let waits =
+            |(id, p): &(&u64, &super::reads::Piece)| p.outstanding == 0 && !held.iter().any(|h| h.piece == **id);
+        let unasked: Vec<u64> = self.reads.pieces.iter().filter(waits).map(|(id, _)| *id).collect();
+        for piece in unasked {
+            self.ask(now, piece);
+        }
+    }
+
+    /// A peer will not answer what it was asked.
+    pub(super) fn reads_lost(&mut self, now: Time, peer: PeerId) {
+        for id in std::mem::take(&mut self.peers[peer].reads) {
+            if let Some(piece) = self.reads.pieces.get_mut(&id) {
+                piece.outstanding -= 1;
+                // It may be asked again when it is back.
+                piece.asked.retain(|asked| *asked != peer);
+                self.ask_another_or_fail(now, id);
+            }
+        }
+    }
+
+    fn ask_another_or_fail(&mut self, now: Time, id: u64) {
+        if self.reads.held.iter().any(|h| h.piece == id) {
+            return;
+        }
+        self.ask(now, id);
+        let Some(piece) = self.reads.pieces.get(&id) else { return };
+        let members = self.peers.iter().filter(|p| p.role == super::Role::Member).count();
+        if piece.outstanding == 0 && piece.failed.len() >= members.max(1) {
+            // Every member was asked and none has a good copy: better no answer than a wrong one.
+            if let Some(token) = self.reads.fail_piece(id) {
+                self.complete(token, Err(Failure::Io));
+            }
+        }
+    }
+
+    /// Asks another member where an answer takes unusually long.
+    pub(super) fn hedge(&mut self, now: Time) {
+        let after = self.reads.hedge_after();
+        let held = &self.reads.held;
+        let late = |(id, p): &(&u64, &super::reads::Piece)| {
+            p.outstanding > 0 && now.saturating_sub(p.asked_at) > after && !held.iter().any(|h| h.piece == **id)
+        };
+        let late: Vec<u64> = self.reads.pieces.iter().filter(late).map(|(id, _)| *id).collect();
+        for piece in late {
+            self.ask(now, piece);
+        }
+    }
+}

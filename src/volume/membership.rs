@@ -1,0 +1,170 @@
+//! Who is a member, from when on, and who must leave.
+//!
+//! A view change is a record like any other. Until it is durable on enough members of the view before it (`Qd`), it is
+//! *pending*: acknowledgements count the view before it. A replica that leaves is sent nothing more, but what it lacks
+//! stays in the journals of the others until the change is in force, as an engine that starts before that needs it.
+
+use protocol::ranges::merge;
+use protocol::record::ViewChange;
+use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
+
+use super::peer::Role;
+use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
+use protocol::message::Condition;
+use protocol::ranges::ByteRange;
+
+/// The view in force, and the one that may follow.
+#[derive(Debug)]
+pub(super) struct Membership {
+    pub(super) in_force: View,
+    pub(super) pending: Option<Pending>,
+}
+
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) view: View,
+    pub(super) seq: Seq,
+}
+
+impl Membership {
+    /// As found at activation: if the latest view has a predecessor, it may not have come into force.
+    pub(super) fn found(views: &ViewState) -> Membership {
+        if views.previous == views.view {
+            return Membership { in_force: views.view.clone(), pending: None };
+        }
+        let pending = Some(Pending { view: views.view.clone(), seq: views.seq });
+        Membership { in_force: views.previous.clone(), pending }
+    }
+
+    /// The view that is being aimed at.
+    pub(super) fn target(&self) -> &View {
+        self.pending.as_ref().map_or(&self.in_force, |p| &p.view)
+    }
+}
+
+/// A full disk makes a replica leave only after this time: disks shared by several replicas fill up together.
+const FULL_GRACE: Time = Time::from_millis(1000);
+
+impl<T> Volume<T> {
+    /// The policy that quorums are computed from: the weaker of the two, whose acknowledgements fewer members hold.
+    pub(super) fn quorum_policy(&self) -> AckPolicy {
+        self.settings.ack_write.weaker(self.settings.ack_flush)
+    }
+
+    fn durable_on(&self, view: &View, seq: Seq) -> usize {
+        self.peers.iter().filter(|p| view.contains(&p.name) && p.durable >= seq).count()
+    }
+
+    /// Up to here records are acknowledged by `policy`.
+    pub(super) fn committed(&self, policy: AckPolicy) -> Seq {
+        let Some(membership) = &self.membership else { return Seq(0) };
+        let view = &membership.in_force;
+        if view.len() < self.settings.min_replicas {
+            return Seq(0);
+        }
+        let mut durable: Vec<Seq> = self.peers.iter().filter(|p| view.contains(&p.name)).map(|p| p.durable).collect();
+        durable.sort_unstable_by(|a, b| b.cmp(a));
+        durable.get(policy.needed(view.len()) - 1).copied().unwrap_or(Seq(0))
+    }
+
+    /// Up to here every member holds the order; members that leave count until they have left.
+    pub(super) fn stable_seq(&self) -> Option<Seq> {
+        let membership = self.membership.as_ref()?;
+        let counts = |p: &&super::Peer| membership.in_force.contains(&p.name) || membership.target().contains(&p.name);
+        let known = membership.in_force.members().iter().all(|m| self.peers.iter().any(|p| p.name == *m));
+        self.peers.iter().filter(counts).map(|p| p.durable).min().filter(|_| known)
+    }
+
+    /// Takes a pending view into force once enough members hold it.
+    pub(super) fn advance_view(&mut self) {
+        let policy = self.quorum_policy();
+        let Some(membership) = &self.membership else { return };
+        let Some(pending) = &membership.pending else { return };
+        let old = &membership.in_force;
+        if self.durable_on(old, pending.seq) < policy.view_change(old.len()) {
+            return;
+        }
+        let (view, seq) = (pending.view.clone(), pending.seq);
+        for peer in &mut self.peers {
+            if view.contains(&peer.name) {
+                peer.role = Role::Member;
+            } else {
+                peer.role = Role::Dropped;
+            }
+        }
+        self.membership = Some(Membership { in_force: view.clone(), pending: None });
+        self.notice(Notice::ViewInForce { view, seq });
+    }
+
+    /// Whether a member other than `peer` could carry on: connected, healthy, and holding everything up to `seq`.
+    fn another_holds(&self, peer: PeerId, seq: Seq) -> bool {
+        self.peers
+            .iter()
+            .enumerate()
+            .any(|(id, p)| id != peer && p.is_ready_member() && p.condition == Condition::Healthy && p.durable >= seq)
+    }
+
+    fn reason_to_drop(&self, now: Time, id: PeerId) -> Option<DropReason> {
+        let peer = &self.peers[id];
+        let log = self.log.as_ref()?;
+        let missing = peer.durable.next();
+        if !self.another_holds(id, peer.durable) {
+            return None;
+        }
+        if peer.condition == Condition::Poisoned {
+            return Some(DropReason::Poisoned);
+        }
+        if peer.full_since.is_some_and(|since| now.saturating_sub(since) >= FULL_GRACE) {
+            return Some(DropReason::NoSpace);
+        }
+        let front = self.peers.iter().filter(|p| p.is_ready_member()).map(|p| p.durable).max()?;
+        if log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max {
+            return Some(DropReason::LagBytes);
+        }
+        let waits = log.queued_at(missing).map(|at| now.saturating_sub(at)).filter(|_| front >= missing);
+        let down = peer.down_for(now);
+        (waits.max(down)? > self.settings.lag_max).then_some(DropReason::LagTime)
+    }
+
+    /// Lets members go that are too far behind for too long, one at a time.
+    pub(super) fn enforce_limits(&mut self, now: Time) {
+        if !matches!(self.phase, Phase::Serving) || self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
+            return;
+        }
+        let members: Vec<PeerId> = (0..self.peers.len()).filter(|id| self.peers[*id].role == Role::Member).collect();
+        for id in members {
+            if let Some(reason) = self.reason_to_drop(now, id) {
+                return self.propose_drop(now, id, reason);
+            }
+        }
+        // Members of the view that the configuration no longer names, or that activation found unusable.
+        if let Some(id) = (0..self.peers.len()).find(|id| self.peers[*id].role == Role::Leaving) {
+            self.propose_drop(now, id, DropReason::Absent);
+        }
+    }
+
+    /// Gives out the record that drops a replica. No other view change may be pending.
+    pub(super) fn propose_drop(&mut self, now: Time, id: PeerId, reason: DropReason) {
+        let name = self.peers[id].name.clone();
+        let Some(membership) = &self.membership else { return };
+        let Some(view) = membership.in_force.without(&name) else { return };
+        let Some(log) = &self.log else { return };
+        let ranges_max = ViewChange::ranges_max(self.record_payload_bytes_max).max(1);
+        let unacknowledged = merge(log.ranges_after(self.peers[id].durable), ranges_max);
+        let change = ViewChange { view: view.clone(), subject: name.clone(), unacknowledged };
+        let nowhere = ByteRange { offset: 0, length: 0 };
+        let seq = self.append(now, RecordKind::ViewChange, nowhere, false, change.encode());
+        self.peers[id].role = Role::Leaving;
+        self.disconnect(now, id);
+        if let Some(membership) = &mut self.membership {
+            membership.pending = Some(Pending { view, seq });
+        }
+        self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
+    }
+
+    /// Whether no member has room on its disk.
+    pub(super) fn is_full(&self) -> bool {
+        let mut members = self.peers.iter().filter(|p| p.role == Role::Member).peekable();
+        members.peek().is_some() && members.all(|p| p.full_since.is_some())
+    }
+}

@@ -1,0 +1,693 @@
+//! A volume as a state machine: the order of its changes, who holds how much of it, when a client is answered.
+//!
+//! Every change gets the next place in one order and goes to all members through one log, read by each member at its own
+//! pace. A change is acknowledged when enough members of the view *in force* hold it durably ([`protocol::AckPolicy`]);
+//! as each member takes records in order, one number per member (`durable`) says all about it. Members that fall too
+//! far behind leave the view ([`membership`]); an engine that starts learns from the members' promises which history is
+//! the true one ([`activation`]); reads go through the same queues ([`dispatch`]).
+//!
+//! **Invariants**
+//! * Acknowledgements count members of the view in force only; a view change is in force when durable on enough members
+//!   of the view before it; one view change at a time.
+//! * Nothing is answered before activation is complete, and nothing after a higher epoch was seen anywhere.
+//! * A read never shows a record that is not acknowledged by policy, and none is answered without a valid lease.
+//! * Every queue is bounded: the log by `log_bytes_max`, reads by a number per peer, held requests by who submits them.
+//! * No clock, file, socket, thread or randomness in here: time is an argument, and equal inputs give equal outputs.
+
+mod acks;
+mod activation;
+mod dispatch;
+mod log;
+mod membership;
+mod peer;
+mod reads;
+mod snapshot;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::Bytes;
+use protocol::message::{Condition, EngineId, Hello, RefusedReason};
+use protocol::ranges::ByteRange;
+use protocol::{
+    AckPolicy, Epoch, EpochHistory, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent,
+    ToEngine, View, VolumeUuid,
+};
+
+use acks::Acks;
+use activation::Activation;
+pub use activation::StartRefusal;
+use log::Log;
+use membership::Membership;
+use peer::{Link, Peer, Role};
+use reads::Reads;
+pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};
+
+/// Time since a fixed moment of the process.
+pub type Time = Duration;
+/// A replica of the volume, by its place in the configuration.
+pub type PeerId = usize;
+
+/// What a volume is told when it starts.
+#[derive(Clone, Debug)]
+pub struct VolumeSettings {
+    /// Its name, the same at every agent.
+    pub name: ReplicaName,
+    /// Its size, bytes.
+    pub size_bytes: u64,
+    /// All replicas, members or not.
+    pub replicas: Vec<ReplicaName>,
+    /// When a change is acknowledged.
+    pub ack_write: AckPolicy,
+    /// When a flush, or a change with FUA, is acknowledged.
+    pub ack_flush: AckPolicy,
+    /// How many members a read is sent to at once.
+    pub read: ReadSpread,
+    /// A member that lacks so many journal bytes that another has leaves the view.
+    pub lag_bytes_max: u64,
+    /// A member that lacks a record so long leaves the view.
+    pub lag_max: Duration,
+    /// Whether new changes wait for a member that is nearly too far behind.
+    pub throttle: bool,
+    /// With fewer members nothing is acknowledged.
+    pub min_replicas: usize,
+    /// Requests that wait longer fail.
+    pub freeze: Duration,
+    /// How long a confirmation of the epoch allows reads.
+    pub lease: Duration,
+    /// How long activation may take.
+    pub start_timeout: Duration,
+    /// Whether to fence another engine that is at work.
+    pub take_over: bool,
+    /// This engine.
+    pub engine: EngineId,
+}
+
+/// How many members a read is sent to at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadSpread {
+    /// To the member likely to be fastest; to the next if it takes unusually long.
+    Adaptive,
+    /// To all that can be asked; the first valid answer counts.
+    Multicast,
+}
+
+/// What a client asks for. Ranges lie within the volume and are not empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Bytes.
+    Read(ByteRange),
+    /// Puts bytes.
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Bytes,
+        /// Acknowledge by the flush policy.
+        fua: bool,
+    },
+    /// Makes a range read as zeroes.
+    Zero {
+        /// Which.
+        range: ByteRange,
+        /// Acknowledge by the flush policy.
+        fua: bool,
+        /// How.
+        how: Zeroing,
+    },
+    /// Waits for everything given out before.
+    Flush,
+}
+
+/// How a range becomes zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// Its contents are of no use any more.
+    Trim,
+    /// It must read as zeroes.
+    Zero,
+    /// It must read as zeroes and keep its space.
+    ZeroKeepAllocated,
+}
+
+/// Why a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// No member could do it in time, or no member holds a good copy.
+    Io,
+    /// Every member's disk is full.
+    NoSpace,
+    /// The engine stops.
+    Shutdown,
+}
+
+/// What the volume wants done or known. `T` names a request of the client.
+#[derive(Debug)]
+pub enum Event<T> {
+    /// A request ends.
+    Completed(T, Result<Bytes, Failure>),
+    /// The volume serves from here on.
+    Serving,
+    /// Activation was refused; the volume is dead.
+    StartRefused(StartRefusal),
+    /// A higher epoch was promised: another engine took over; the volume is dead.
+    Fenced {
+        /// Its epoch.
+        promised: Epoch,
+        /// Who said so.
+        replica: ReplicaName,
+    },
+    /// Close the connection of this peer and make a new one.
+    Disconnect(PeerId),
+    /// Something that people should know.
+    Notice(Notice),
+}
+
+/// Something that people should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A view came into force.
+    ViewInForce {
+        /// The view.
+        view: View,
+        /// Its record.
+        seq: Seq,
+    },
+    /// A replica is being dropped.
+    Dropping {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: DropReason,
+    },
+    /// Records are being copied to a replica that is behind, at activation.
+    Replaying {
+        /// Which.
+        replica: ReplicaName,
+        /// From whose journal.
+        source: ReplicaName,
+        /// How many.
+        records: u64,
+    },
+    /// A replica returned with less than it had acknowledged.
+    LostData {
+        /// Which.
+        replica: ReplicaName,
+        /// What it had acknowledged.
+        acknowledged: Seq,
+        /// What it has.
+        found: Position,
+    },
+    /// A replica had a bad block or an error for a read.
+    ReadFailed {
+        /// Which.
+        replica: ReplicaName,
+        /// First byte of the bad block, if it is known.
+        offset: Option<u64>,
+    },
+    /// The disk of a replica is full, or no longer.
+    Space {
+        /// Which.
+        replica: ReplicaName,
+        /// Whether it is full.
+        full: bool,
+    },
+}
+
+/// Why a replica is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// It lacks more bytes than `lag_bytes_max`.
+    LagBytes,
+    /// It lacks a record, or is unreachable, for longer than `lag_ms_max`.
+    LagTime,
+    /// Its disk is full while another's is not.
+    NoSpace,
+    /// Its durable writes fail.
+    Poisoned,
+    /// It returned with less than it had acknowledged, or with another history.
+    LostData,
+    /// It did not take part in activation.
+    Absent,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Activating(Activation),
+    Serving,
+    Dead,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Volume<T> {
+    settings: VolumeSettings,
+    phase: Phase,
+    stopping: bool,
+    uuid: Option<VolumeUuid>,
+    epoch: Epoch,
+    history: EpochHistory,
+    /// There once activation has found the true history.
+    log: Option<Log>,
+    membership: Option<Membership>,
+    peers: Vec<Peer>,
+    record_payload_bytes_max: u32,
+    journal_bytes_min: u64,
+    write_acks: Acks<T>,
+    flush_acks: Acks<T>,
+    /// Changes that wait for room in the log, in order; the first may be partly given out.
+    held: VecDeque<HeldChange<T>>,
+    reads: Reads<T>,
+    stable_told: Seq,
+    stable_told_at: Time,
+    next_token: u64,
+    events: VecDeque<Event<T>>,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    reads: u64,
+    writes: u64,
+}
+
+#[derive(Debug)]
+struct HeldChange<T> {
+    token: T,
+    request: Request,
+    /// Bytes of its range that already have places.
+    given_out: u64,
+    queued_at: Time,
+}
+
+const STABLE_INTERVAL: Duration = Duration::from_millis(50);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl<T> Volume<T> {
+    /// A volume that begins its activation at `now`.
+    #[must_use]
+    pub fn new(settings: VolumeSettings, now: Time) -> Volume<T> {
+        let peers = settings.replicas.iter().map(|name| Peer::new(name.clone(), now)).collect();
+        Volume {
+            phase: Phase::Activating(Activation::new(now)),
+            stopping: false,
+            uuid: None,
+            epoch: Epoch(0),
+            history: EpochHistory::default(),
+            log: None,
+            membership: None,
+            peers,
+            record_payload_bytes_max: RECORD_PAYLOAD_BYTES_MAX,
+            journal_bytes_min: u64::MAX,
+            write_acks: Acks::new(),
+            flush_acks: Acks::new(),
+            held: VecDeque::new(),
+            reads: Reads::new(),
+            stable_told: Seq(0),
+            stable_told_at: Time::ZERO,
+            next_token: 0,
+            events: VecDeque::new(),
+            counts: Counts::default(),
+            settings,
+        }
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<Event<T>> {
+        self.events.pop_front()
+    }
+
+    /// Takes messages for a peer's connection, in order, until `bytes_max` of records are taken.
+    pub fn take_outbox(&mut self, peer: PeerId, bytes_max: u64) -> Vec<ToAgent> {
+        self.peers[peer].take(self.log.as_ref(), bytes_max)
+    }
+
+    /// Whether [`Volume::take_outbox`] would give anything.
+    #[must_use]
+    pub fn has_outbox(&self, peer: PeerId) -> bool {
+        self.peers[peer].has_output(self.log.as_ref())
+    }
+
+    fn is_dead(&self) -> bool {
+        matches!(self.phase, Phase::Dead)
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.events.push_back(Event::Notice(notice));
+    }
+
+    fn complete(&mut self, token: T, outcome: Result<Bytes, Failure>) {
+        self.events.push_back(Event::Completed(token, outcome));
+    }
+
+    // ---- connections -------------------------------------------------------------------------------------------
+
+    /// A connection to a peer was made.
+    pub fn peer_connected(&mut self, peer: PeerId) {
+        if self.is_dead() {
+            return;
+        }
+        let hello = Hello {
+            volume: self.settings.name.clone(),
+            replica: self.peers[peer].name.clone(),
+            engine: self.settings.engine,
+        };
+        self.peers[peer].link = Link::Greeting;
+        self.peers[peer].push_urgent(ToAgent::Hello(hello));
+    }
+
+    /// The connection to a peer is gone, or could not be made.
+    pub fn peer_disconnected(&mut self, now: Time, peer: PeerId, reason: String) {
+        let at = &mut self.peers[peer];
+        // What the agent said before it closed tells more than that it closed.
+        if !matches!(at.link, Link::Down { .. }) || at.last_error.is_none() {
+            at.last_error.get_or_insert(reason);
+        } else {
+            at.last_error = Some(reason);
+        }
+        at.reset(now);
+        self.reads_lost(now, peer);
+        if self.is_dead() {
+            return;
+        }
+        self.activation_lost(now, peer);
+        self.settle(now);
+    }
+
+    fn disconnect(&mut self, now: Time, peer: PeerId) {
+        self.peers[peer].reset(now);
+        self.events.push_back(Event::Disconnect(peer));
+        self.reads_lost(now, peer);
+    }
+
+    /// A message of a peer.
+    pub fn peer_message(&mut self, now: Time, peer: PeerId, message: ToEngine) {
+        if self.is_dead() || matches!(self.peers[peer].link, Link::Down { .. }) {
+            return;
+        }
+        match message {
+            ToEngine::Welcome(welcome) => self.on_welcome(now, peer, welcome),
+            ToEngine::Promised(promised) => self.on_promised(now, peer, promised),
+            ToEngine::Durable { seq } => self.on_durable(peer, seq),
+            ToEngine::Pong { token } => {
+                let at = &mut self.peers[peer];
+                if let Some((_, sent_at)) = at.ping.take_if(|(sent, _)| *sent == token) {
+                    at.confirmed_at = Some(sent_at);
+                }
+            }
+            ToEngine::ReadDone { id, applied, outcome } => self.on_read_done(now, peer, id, applied, outcome),
+            ToEngine::Fetched(record) => self.on_fetched(peer, record),
+            ToEngine::FetchEnd { next } => self.on_fetch_end(now, peer, next),
+            ToEngine::Condition(condition) => self.on_condition(now, peer, condition),
+            ToEngine::Refused(refused) => match refused.reason {
+                RefusedReason::Fenced { promised } => self.on_fenced(now, peer, promised),
+                RefusedReason::NoReplica
+                | RefusedReason::HasData
+                | RefusedReason::Unusable
+                | RefusedReason::Protocol => {
+                    self.peers[peer].last_error = Some(refused.text);
+                    self.disconnect(now, peer);
+                    self.activation_lost(now, peer);
+                }
+            },
+            ToEngine::Formatted => {}
+        }
+        self.settle(now);
+    }
+
+    fn on_fenced(&mut self, now: Time, peer: PeerId, promised: Epoch) {
+        match self.phase {
+            Phase::Activating(_) if self.log.is_none() => self.outbid(now, promised),
+            Phase::Activating(_) | Phase::Serving => {
+                let replica = self.peers[peer].name.clone();
+                self.die(Failure::Shutdown);
+                self.events.push_back(Event::Fenced { promised, replica });
+            }
+            Phase::Dead => {}
+        }
+    }
+
+    /// Ends the volume: every request fails.
+    fn die(&mut self, failure: Failure) {
+        self.phase = Phase::Dead;
+        let mut tokens = Vec::new();
+        while let Some(token) = self.write_acks.pop().or_else(|| self.flush_acks.pop()) {
+            tokens.push(token);
+        }
+        tokens.extend(self.reads.take_all());
+        tokens.extend(self.held.drain(..).map(|h| h.token));
+        for token in tokens {
+            self.complete(token, Err(failure));
+        }
+    }
+
+    fn on_condition(&mut self, now: Time, peer: PeerId, condition: Condition) {
+        let at = &mut self.peers[peer];
+        let was_full = at.full_since.is_some();
+        let is_full = condition == Condition::NoSpace;
+        at.condition = condition;
+        at.full_since = is_full.then(|| at.full_since.unwrap_or(now));
+        if was_full != is_full {
+            let replica = at.name.clone();
+            self.notice(Notice::Space { replica, full: is_full });
+        }
+    }
+
+    // ---- requests ----------------------------------------------------------------------------------------------
+
+    /// Takes a request; a [`Event::Completed`] follows. Changes get their places in the order of these calls.
+    pub fn submit(&mut self, now: Time, token: T, request: Request) {
+        if self.is_dead() || self.stopping {
+            return self.complete(token, Err(Failure::Shutdown));
+        }
+        match request {
+            Request::Read(range) => {
+                self.counts.reads += 1;
+                self.begin_read(now, token, range);
+            }
+            Request::Flush => match &self.log {
+                Some(log) => {
+                    let last = log.last();
+                    self.flush_acks.push(last, token, now);
+                    self.release_committed();
+                }
+                None => self.complete(token, Err(Failure::Io)),
+            },
+            Request::Write { .. } | Request::Zero { .. } => {
+                self.counts.writes += 1;
+                self.held.push_back(HeldChange { token, request, given_out: 0, queued_at: now });
+                self.give_out(now);
+                self.enforce_limits(now);
+            }
+        }
+    }
+
+    fn log_bytes_max(&self) -> u64 {
+        let lag = self.settings.lag_bytes_max;
+        if self.settings.throttle { lag } else { lag + lag / 4 }
+    }
+
+    /// Gives places to held changes as long as there is room.
+    fn give_out(&mut self, now: Time) {
+        while let Some(mut change) = self.held.pop_front() {
+            if !self.give_out_change(now, &mut change) {
+                self.held.push_front(change);
+                return;
+            }
+            let HeldChange { token, request, .. } = change;
+            let Some(log) = &self.log else { return self.complete(token, Err(Failure::Io)) };
+            let last = log.last();
+            match request {
+                Request::Write { fua: false, .. } | Request::Zero { fua: false, .. } => {
+                    self.write_acks.push(last, token, now);
+                }
+                Request::Write { .. } | Request::Zero { .. } | Request::Flush | Request::Read(_) => {
+                    self.flush_acks.push(last, token, now);
+                }
+            }
+        }
+    }
+
+    /// Whether all of the change has its places now. Without room, or when all disks are full, it does not.
+    fn give_out_change(&mut self, now: Time, change: &mut HeldChange<T>) -> bool {
+        let (range, kind) = match &change.request {
+            Request::Write { offset, data, .. } => {
+                (ByteRange { offset: *offset, length: data.len() as u64 }, RecordKind::Write)
+            }
+            Request::Zero { range, how: Zeroing::Trim, .. } => (*range, RecordKind::Trim),
+            Request::Zero { range, how: Zeroing::Zero | Zeroing::ZeroKeepAllocated, .. } => {
+                (*range, RecordKind::WriteZeroes)
+            }
+            Request::Read(_) | Request::Flush => return true,
+        };
+        let no_hole = matches!(change.request, Request::Zero { how: Zeroing::ZeroKeepAllocated, .. });
+        while change.given_out < range.length {
+            let bytes_max = self.log_bytes_max();
+            if self.log.as_ref().is_none_or(|log| log.bytes() >= bytes_max) || self.is_full() {
+                return false;
+            }
+            let step = match kind {
+                RecordKind::Write => u64::from(self.record_payload_bytes_max).min(range.length - change.given_out),
+                RecordKind::Trim | RecordKind::WriteZeroes | RecordKind::EpochStart | RecordKind::ViewChange => {
+                    range.length
+                }
+            };
+            let piece = ByteRange { offset: range.offset + change.given_out, length: step };
+            let payload = match &change.request {
+                Request::Write { data, .. } => {
+                    data.slice(change.given_out as usize..(change.given_out + step) as usize)
+                }
+                Request::Zero { .. } | Request::Read(_) | Request::Flush => Bytes::new(),
+            };
+            self.append(now, kind, piece, no_hole, payload);
+            change.given_out += step;
+        }
+        true
+    }
+
+    /// Gives the next place to a record.
+    fn append(&mut self, now: Time, kind: RecordKind, range: ByteRange, no_hole: bool, payload: Bytes) -> Seq {
+        let log = self.log.as_mut().expect("places are given out after activation found the history");
+        let position = Position { epoch: self.epoch, seq: log.last().next() };
+        let mut record = Record::new(position, kind, range, payload);
+        record.header.no_hole = no_hole;
+        log.push(record, now);
+        position.seq
+    }
+
+    // ---- progress ----------------------------------------------------------------------------------------------
+
+    fn on_durable(&mut self, peer: PeerId, seq: Seq) {
+        let at = &mut self.peers[peer];
+        if at.is_ready() && seq > at.durable {
+            at.durable = seq;
+        }
+    }
+
+    /// Draws the consequences of whatever happened.
+    fn settle(&mut self, now: Time) {
+        if self.is_dead() {
+            return;
+        }
+        self.advance_activation(now);
+        if self.log.is_some() {
+            self.advance_view();
+            self.release_committed();
+            self.release_reads(now);
+            self.enforce_limits(now);
+            self.trim(now);
+            self.give_out(now);
+        }
+    }
+
+    fn release_committed(&mut self) {
+        if !matches!(self.phase, Phase::Serving) {
+            return;
+        }
+        let committed = self.committed(self.settings.ack_write);
+        while let Some(token) = self.write_acks.pop_committed(committed) {
+            self.complete(token, Ok(Bytes::new()));
+        }
+        let committed = self.committed(self.settings.ack_flush);
+        while let Some(token) = self.flush_acks.pop_committed(committed) {
+            self.complete(token, Ok(Bytes::new()));
+        }
+    }
+
+    /// Tells members up to where all hold the order, and forgets it here.
+    fn trim(&mut self, now: Time) {
+        let Some(stable) = self.stable_seq() else { return };
+        let Some(log) = &mut self.log else { return };
+        let news = log.bytes_between(self.stable_told, stable);
+        log.trim(stable);
+        let due = now.saturating_sub(self.stable_told_at) >= STABLE_INTERVAL || news > self.journal_bytes_min / 16;
+        if stable > self.stable_told && due {
+            self.stable_told = stable;
+            self.stable_told_at = now;
+            for peer in self.peers.iter_mut().filter(|p| p.is_ready_member()) {
+                peer.push_urgent(ToAgent::Stable { seq: stable });
+            }
+        }
+    }
+
+    /// Time passes. Call this every few milliseconds.
+    pub fn tick(&mut self, now: Time) {
+        if self.is_dead() {
+            return;
+        }
+        self.ping(now);
+        self.hedge(now);
+        self.expire(now);
+        self.settle(now);
+    }
+
+    fn ping(&mut self, now: Time) {
+        let mut silent = Vec::new();
+        for (id, peer) in self.peers.iter_mut().enumerate().filter(|(_, p)| p.is_ready_member()) {
+            match peer.ping {
+                Some((_, sent_at)) if now.saturating_sub(sent_at) > PING_TIMEOUT => silent.push(id),
+                Some(_) => {}
+                None if now.saturating_sub(peer.last_ping_at) >= self.settings.lease / 4 => {
+                    self.next_token += 1;
+                    peer.ping = Some((self.next_token, now));
+                    peer.last_ping_at = now;
+                    peer.push_urgent(ToAgent::Ping { token: self.next_token });
+                }
+                None => {}
+            }
+        }
+        for peer in silent {
+            self.peers[peer].last_error = Some(format!("no answer for {PING_TIMEOUT:?}"));
+            self.disconnect(now, peer);
+        }
+    }
+
+    /// Fails what has waited too long. What has its place in the order keeps it and may still come to pass.
+    fn expire(&mut self, now: Time) {
+        let limit = now.saturating_sub(self.settings.freeze);
+        let mut old = Vec::new();
+        while let Some(token) = self.write_acks.pop_older(limit).or_else(|| self.flush_acks.pop_older(limit)) {
+            old.push(token);
+        }
+        old.extend(self.reads.take_older(limit));
+        for token in old {
+            self.complete(token, Err(Failure::Io));
+        }
+        let full = self.is_full();
+        while self.held.front().is_some_and(|h| h.queued_at < limit || full) {
+            let change = self.held.pop_front().expect("just seen");
+            self.complete(change.token, Err(if full { Failure::NoSpace } else { Failure::Io }));
+        }
+    }
+
+    // ---- stopping ----------------------------------------------------------------------------------------------
+
+    /// Takes no more requests. Members go on catching up until [`Volume::goodbye`].
+    pub fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Whether nothing is waiting: every member that can be reached holds everything.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        let Some(log) = &self.log else { return true };
+        let caught_up = self.peers.iter().filter(|p| p.is_ready_member()).all(|p| p.durable == log.last());
+        self.is_dead()
+            || (caught_up && self.write_acks.is_empty() && self.flush_acks.is_empty() && self.held.is_empty())
+    }
+
+    /// Fails what is left and takes leave of the members, so that the next engine need not wait for the lease.
+    pub fn goodbye(&mut self) {
+        if self.is_dead() {
+            return;
+        }
+        let stable = self.stable_seq();
+        for peer in self.peers.iter_mut().filter(|p| p.is_ready_member()) {
+            if let Some(seq) = stable {
+                peer.push_urgent(ToAgent::Stable { seq });
+            }
+            peer.push_urgent(ToAgent::Goodbye);
+        }
+        self.die(Failure::Shutdown);
+    }
+}

@@ -1,0 +1,193 @@
+//! The engine's record of one replica: how far it is, what is on its way to it, and whether it can be asked.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use protocol::message::{Condition, Promised, Welcome};
+use protocol::{ReplicaName, Seq, ToAgent};
+
+use super::Time;
+use super::log::Log;
+
+/// Journal bytes sent to a peer and not yet durable there, at most. It is what a replica must hold in memory.
+pub(super) const WINDOW_BYTES: u64 = 16 << 20;
+/// Reads on their way to or at a peer, at most.
+pub(super) const READS_OUTSTANDING_MAX: usize = 64;
+
+/// How far the connection to a replica is.
+#[derive(Clone, Debug)]
+pub(super) enum Link {
+    Down {
+        since: Time,
+    },
+    /// `Hello` is on its way.
+    Greeting,
+    Welcomed,
+    /// `Promise` is on its way, sent then.
+    Promising {
+        sent_at: Time,
+    },
+    /// The promise is given: records and reads flow.
+    Ready,
+}
+
+/// What the replica is to the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Not known before activation.
+    Unknown,
+    Member,
+    /// Its drop is on its way to the others.
+    Leaving,
+    Dropped,
+}
+
+/// One message to a peer; it must not overtake the records given out before it.
+#[derive(Debug)]
+struct Queued {
+    after: Seq,
+    message: ToAgent,
+}
+
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) name: ReplicaName,
+    pub(super) link: Link,
+    pub(super) role: Role,
+    pub(super) welcome: Option<Welcome>,
+    pub(super) promised: Option<Promised>,
+    pub(super) condition: Condition,
+    pub(super) full_since: Option<Time>,
+    /// Every record up to here is durable there.
+    pub(super) durable: Seq,
+    /// The last record handed to the link.
+    sent: Seq,
+    queued: VecDeque<Queued>,
+    urgent: VecDeque<ToAgent>,
+    /// Pieces of reads it was asked for.
+    pub(super) reads: BTreeSet<u64>,
+    /// When the ping was sent that was last answered: the lease counts from then.
+    pub(super) confirmed_at: Option<Time>,
+    pub(super) ping: Option<(u64, Time)>,
+    pub(super) last_ping_at: Time,
+    pub(super) checksum_errors: u64,
+    /// Why it was last refused or lost, for people.
+    pub(super) last_error: Option<String>,
+}
+
+impl Peer {
+    pub(super) fn new(name: ReplicaName, now: Time) -> Peer {
+        Peer {
+            name,
+            link: Link::Down { since: now },
+            role: Role::Unknown,
+            welcome: None,
+            promised: None,
+            condition: Condition::Healthy,
+            full_since: None,
+            durable: Seq(0),
+            sent: Seq(0),
+            queued: VecDeque::new(),
+            urgent: VecDeque::new(),
+            reads: BTreeSet::new(),
+            confirmed_at: None,
+            ping: None,
+            last_ping_at: Time::ZERO,
+            checksum_errors: 0,
+            last_error: None,
+        }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.link, Link::Ready)
+    }
+
+    pub(super) fn is_ready_member(&self) -> bool {
+        self.is_ready() && self.role == Role::Member
+    }
+
+    /// How long the connection has been down.
+    pub(super) fn down_for(&self, now: Time) -> Option<Time> {
+        match self.link {
+            Link::Down { since } => Some(now.saturating_sub(since)),
+            Link::Greeting | Link::Welcomed | Link::Promising { .. } | Link::Ready => None,
+        }
+    }
+
+    /// The connection is gone, or will be: nothing queued will arrive.
+    pub(super) fn reset(&mut self, now: Time) {
+        if !matches!(self.link, Link::Down { .. }) {
+            self.link = Link::Down { since: now };
+        }
+        self.welcome = None;
+        self.promised = None;
+        self.queued.clear();
+        self.urgent.clear();
+        self.ping = None;
+        self.confirmed_at = None;
+        self.condition = Condition::Healthy;
+        self.full_since = None;
+    }
+
+    /// Goes on from `durable`: records after it are sent again.
+    pub(super) fn restart_from(&mut self, durable: Seq) {
+        self.durable = durable;
+        self.sent = durable;
+    }
+
+    /// Queues a message that may overtake records.
+    pub(super) fn push_urgent(&mut self, message: ToAgent) {
+        self.urgent.push_back(message);
+    }
+
+    /// Queues a message behind all records up to `after`.
+    pub(super) fn push_after(&mut self, after: Seq, message: ToAgent) {
+        self.queued.push_back(Queued { after, message });
+    }
+
+    fn takes_records(&self) -> bool {
+        self.is_ready() && self.role == Role::Member
+    }
+
+    fn next_message(&mut self, log: Option<&Log>) -> Option<ToAgent> {
+        if let Some(message) = self.urgent.pop_front() {
+            return Some(message);
+        }
+        if self.queued.front().is_some_and(|q| q.after <= self.sent) {
+            return self.queued.pop_front().map(|q| q.message);
+        }
+        let log = log.filter(|_| self.takes_records())?;
+        let next = self.sent.next();
+        let record = log.get(next)?;
+        let in_flight = log.bytes_between(self.durable, self.sent);
+        if in_flight > 0 && in_flight + record.header.journal_bytes_max() > WINDOW_BYTES {
+            return None;
+        }
+        self.sent = next;
+        Some(ToAgent::Append(record.clone()))
+    }
+
+    /// Takes messages for the link, in order, until `bytes_max` of payload are taken.
+    pub(super) fn take(&mut self, log: Option<&Log>, bytes_max: u64) -> Vec<ToAgent> {
+        let mut taken = Vec::new();
+        let mut bytes = 0;
+        while bytes < bytes_max {
+            let Some(message) = self.next_message(log) else { break };
+            if let ToAgent::Append(record) = &message {
+                bytes += record.header.journal_bytes_max();
+            }
+            taken.push(message);
+        }
+        taken
+    }
+
+    /// Whether [`Peer::take`] would give anything.
+    pub(super) fn has_output(&self, log: Option<&Log>) -> bool {
+        if !self.urgent.is_empty() || self.queued.front().is_some_and(|q| q.after <= self.sent) {
+            return true;
+        }
+        let Some(log) = log.filter(|_| self.takes_records()) else { return false };
+        let in_flight = log.bytes_between(self.durable, self.sent);
+        log.get(self.sent.next())
+            .is_some_and(|r| in_flight == 0 || in_flight + r.header.journal_bytes_max() <= WINDOW_BYTES)
+    }
+}

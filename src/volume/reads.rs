@@ -1,0 +1,158 @@
+//! Reads under way: cut into pieces that a frame can carry, each asked of one member or several, the first valid answer
+//! taken.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use protocol::Seq;
+use protocol::ranges::ByteRange;
+
+use super::{PeerId, Time};
+
+/// A hedge is sent no sooner than this after the first question: below it a second question costs more than it saves.
+const HEDGE_MIN: Duration = Duration::from_millis(5);
+const HEDGE_MAX: Duration = Duration::from_secs(1);
+
+/// A part of a read.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) read: u64,
+    pub(super) index: usize,
+    pub(super) range: ByteRange,
+    /// Members asked, whether they answered or not.
+    pub(super) asked: Vec<PeerId>,
+    /// Of these, how many may still answer.
+    pub(super) outstanding: usize,
+    pub(super) asked_at: Time,
+    /// Members that answered with an error or a bad block.
+    pub(super) failed: Vec<PeerId>,
+}
+
+/// An answer that may not be given yet.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) piece: u64,
+    pub(super) data: Bytes,
+    /// Until records up to here are acknowledged: they show in the data.
+    pub(super) until: Seq,
+}
+
+#[derive(Debug)]
+struct ReadOp<T> {
+    token: T,
+    queued_at: Time,
+    parts: Vec<Option<Bytes>>,
+    missing: usize,
+}
+
+/// All reads of a volume. `T` names a request of the client.
+#[derive(Debug)]
+pub(super) struct Reads<T> {
+    next_id: u64,
+    ops: BTreeMap<u64, ReadOp<T>>,
+    pub(super) pieces: BTreeMap<u64, Piece>,
+    pub(super) held: Vec<Held>,
+    /// Smoothed latency and its deviation, as TCP estimates them.
+    latency: Option<(Duration, Duration)>,
+}
+
+impl<T> Reads<T> {
+    pub(super) fn new() -> Reads<T> {
+        Reads { next_id: 1, ops: BTreeMap::new(), pieces: BTreeMap::new(), held: Vec::new(), latency: None }
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Begins a read; returns the ids of its pieces, of `piece_bytes` each.
+    pub(super) fn begin(&mut self, token: T, range: ByteRange, piece_bytes: u64, now: Time) -> Vec<u64> {
+        let read = self.id();
+        let mut pieces = Vec::new();
+        let mut offset = range.offset;
+        while offset < range.end() {
+            let length = piece_bytes.min(range.end() - offset);
+            let id = self.id();
+            let range = ByteRange { offset, length };
+            let piece = Piece {
+                read,
+                index: pieces.len(),
+                range,
+                asked: vec![],
+                outstanding: 0,
+                asked_at: now,
+                failed: vec![],
+            };
+            self.pieces.insert(id, piece);
+            pieces.push(id);
+            offset += length;
+        }
+        let parts = vec![None; pieces.len()];
+        self.ops.insert(read, ReadOp { token, queued_at: now, missing: parts.len(), parts });
+        pieces
+    }
+
+    /// Ends a piece with its data; returns the request if that was its last.
+    pub(super) fn finish_piece(&mut self, piece: u64, data: Bytes) -> Option<(T, Bytes)> {
+        let piece = self.pieces.remove(&piece)?;
+        let op = self.ops.get_mut(&piece.read)?;
+        op.parts[piece.index] = Some(data);
+        op.missing -= 1;
+        if op.missing > 0 {
+            return None;
+        }
+        let op = self.ops.remove(&piece.read)?;
+        let mut parts: Vec<Bytes> = op.parts.into_iter().flatten().collect();
+        if parts.len() == 1 {
+            return parts.pop().map(|data| (op.token, data));
+        }
+        let mut whole = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
+        for part in parts {
+            whole.extend_from_slice(&part);
+        }
+        Some((op.token, whole.freeze()))
+    }
+
+    /// Ends the whole read of a piece without data.
+    pub(super) fn fail_piece(&mut self, piece: u64) -> Option<T> {
+        let read = self.pieces.get(&piece)?.read;
+        self.drop_read(read)
+    }
+
+    fn drop_read(&mut self, read: u64) -> Option<T> {
+        self.pieces.retain(|_, p| p.read != read);
+        let pieces = &self.pieces;
+        self.held.retain(|h| pieces.contains_key(&h.piece));
+        self.ops.remove(&read).map(|op| op.token)
+    }
+
+    /// Takes the requests that have waited since before `limit`.
+    pub(super) fn take_older(&mut self, limit: Time) -> Vec<T> {
+        let old: Vec<u64> = self.ops.iter().filter(|(_, op)| op.queued_at < limit).map(|(id, _)| *id).collect();
+        old.into_iter().filter_map(|read| self.drop_read(read)).collect()
+    }
+
+    /// Takes all requests.
+    pub(super) fn take_all(&mut self) -> Vec<T> {
+        self.pieces.clear();
+        self.held.clear();
+        std::mem::take(&mut self.ops).into_values().map(|op| op.token).collect()
+    }
+
+    pub(super) fn note_latency(&mut self, sample: Duration) {
+        self.latency = Some(match self.latency {
+            None => (sample, sample / 2),
+            Some((mean, deviation)) => {
+                let error = mean.abs_diff(sample);
+                (mean * 7 / 8 + sample / 8, deviation * 3 / 4 + error / 4)
+            }
+        });
+    }
+
+    /// How long to wait for an answer before another member is asked.
+    pub(super) fn hedge_after(&self) -> Duration {
+        self.latency.map_or(HEDGE_MIN * 4, |(mean, deviation)| (mean + deviation * 4).clamp(HEDGE_MIN, HEDGE_MAX))
+    }
+}

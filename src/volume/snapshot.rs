@@ -1,0 +1,149 @@
+//! What a volume looks like from outside, for status and metrics.
+
+use protocol::message::Condition;
+use protocol::{Epoch, ReplicaName, Seq, VolumeUuid};
+
+use super::peer::{Link, Role};
+use super::{Phase, Time, Volume};
+
+/// A volume at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeSnapshot {
+    /// Its identity, once a replica told it.
+    pub uuid: Option<VolumeUuid>,
+    /// The engine's epoch.
+    pub epoch: Epoch,
+    /// The last place given out.
+    pub seq: Seq,
+    /// Members of the view in force.
+    pub view: Vec<ReplicaName>,
+    /// What the volume is doing.
+    pub state: VolumeState,
+    /// Acknowledged journal bytes that fewer than two replicas hold; all of the volume with a single member.
+    pub exposed_bytes: u64,
+    /// Its replicas, in the order of the configuration.
+    pub peers: Vec<PeerSnapshot>,
+    /// Reads taken.
+    pub reads: u64,
+    /// Changes taken.
+    pub writes: u64,
+}
+
+/// What a volume is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VolumeState {
+    /// Not serving yet.
+    Starting,
+    /// Serving.
+    Serving,
+    /// Serving, but what is asked now waits: too few members can be reached.
+    Frozen,
+    /// Not serving any more.
+    Failed,
+}
+
+/// A replica at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerSnapshot {
+    /// Its name.
+    pub name: ReplicaName,
+    /// What it is to the volume.
+    pub state: PeerState,
+    /// Every record up to here is durable there.
+    pub durable: Seq,
+    /// Records it lacks.
+    pub lag_records: u64,
+    /// Journal bytes it lacks.
+    pub lag_bytes: u64,
+    /// For how long it has lacked the oldest of them, ms.
+    pub lag_ms: u64,
+    /// Bad blocks it reported.
+    pub checksum_errors: u64,
+    /// What was wrong last, if it cannot be reached.
+    pub last_error: Option<String>,
+}
+
+/// What a replica is to the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerState {
+    /// In the view and reachable.
+    Member,
+    /// Out of the view.
+    Dropped,
+    /// In the view, but not reachable.
+    Offline,
+    /// In the view, but its disk is full or failed.
+    Failed,
+}
+
+impl<T> Volume<T> {
+    /// The volume as it is now.
+    #[must_use]
+    pub fn snapshot(&self, now: Time) -> VolumeSnapshot {
+        let last = self.log.as_ref().map_or(Seq(0), super::Log::last);
+        VolumeSnapshot {
+            uuid: self.uuid,
+            epoch: self.epoch,
+            seq: last,
+            view: self.membership.as_ref().map(|m| m.in_force.members().to_vec()).unwrap_or_default(),
+            state: self.state(),
+            exposed_bytes: self.exposed_bytes(),
+            peers: self.peers.iter().map(|p| self.peer_snapshot(p, last, now)).collect(),
+            reads: self.counts.reads,
+            writes: self.counts.writes,
+        }
+    }
+
+    fn state(&self) -> VolumeState {
+        match &self.phase {
+            Phase::Activating(_) => VolumeState::Starting,
+            Phase::Dead => VolumeState::Failed,
+            Phase::Serving => {
+                let Some(membership) = &self.membership else { return VolumeState::Failed };
+                let view = &membership.in_force;
+                let reachable = self.peers.iter().filter(|p| p.is_ready_member() && view.contains(&p.name)).count();
+                let enough = reachable >= self.settings.ack_write.needed(view.len());
+                if enough && view.len() >= self.settings.min_replicas {
+                    VolumeState::Serving
+                } else {
+                    VolumeState::Frozen
+                }
+            }
+        }
+    }
+
+    fn exposed_bytes(&self) -> u64 {
+        let (Some(membership), Some(log)) = (&self.membership, &self.log) else { return 0 };
+        let view = &membership.in_force;
+        if view.len() == 1 {
+            return self.settings.size_bytes;
+        }
+        let mut durable: Vec<Seq> = self.peers.iter().filter(|p| view.contains(&p.name)).map(|p| p.durable).collect();
+        durable.sort_unstable_by(|a, b| b.cmp(a));
+        let acknowledged = self.committed(self.settings.ack_write);
+        durable.get(1).map_or(0, |second| log.bytes_between(*second, acknowledged))
+    }
+
+    fn peer_snapshot(&self, peer: &super::Peer, last: Seq, now: Time) -> PeerSnapshot {
+        let state = match (peer.role, &peer.link) {
+            (Role::Leaving | Role::Dropped, _) => PeerState::Dropped,
+            (Role::Member, Link::Ready) if peer.condition != Condition::Healthy => PeerState::Failed,
+            (Role::Member, Link::Ready) => PeerState::Member,
+            (Role::Member | Role::Unknown, _) => PeerState::Offline,
+        };
+        // What a dropped replica holds is known up to its drop only.
+        let follows = matches!(peer.role, Role::Member);
+        let log = self.log.as_ref().filter(|_| follows);
+        let waiting = log.and_then(|l| l.queued_at(peer.durable.next()));
+        PeerSnapshot {
+            name: peer.name.clone(),
+            state,
+            durable: peer.durable,
+            lag_records: last.ahead_of(peer.durable),
+            lag_bytes: log.map_or(0, |l| l.bytes_between(peer.durable, last)),
+            lag_ms: waiting.map_or(0, |at| now.saturating_sub(at).as_millis() as u64),
+            checksum_errors: peer.checksum_errors,
+            last_error: peer.last_error.clone(),
+        }
+    }
+}
