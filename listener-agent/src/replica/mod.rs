@@ -28,6 +28,7 @@ use protocol::ranges::ByteRange;
 use protocol::record::ViewChange;
 use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
 
+use crate::image::Trust;
 use crate::journal::group::{ENTRY_HEADER_BYTES, group_bytes};
 use crate::journal::ring::{Ring, Segment};
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
@@ -62,6 +63,15 @@ pub struct GroupJob {
     pub generation: u64,
     /// The records.
     pub records: Vec<Record>,
+}
+
+/// Records to apply to the image, in order.
+#[derive(Debug)]
+pub struct ApplyJob {
+    /// The records.
+    pub records: Vec<Record>,
+    /// Whether blocks that they change in part must match their checksums: not after an attempt that got stuck halfway.
+    pub trust: Trust,
 }
 
 /// A superblock to write.
@@ -128,6 +138,8 @@ pub struct Replica {
     writing: Option<Position>,
     /// The last record of the batch being applied.
     applying: Option<Position>,
+    /// An attempt to apply got stuck: blocks of the first records may not match their checksums.
+    apply_in_doubt: bool,
     metadata_busy: bool,
     reads: ReadQueue,
     fetches: VecDeque<FetchJob>,
@@ -165,6 +177,7 @@ impl Replica {
             pending_bytes: 0,
             writing: None,
             applying: None,
+            apply_in_doubt: false,
             metadata_busy: false,
             reads: ReadQueue::default(),
             fetches: VecDeque::new(),
@@ -481,12 +494,12 @@ impl Replica {
     }
 
     /// The next batch to apply to the image, in order; [`Replica::apply_done`] must follow.
-    pub fn next_apply(&mut self, now: Time) -> Option<Vec<Record>> {
+    pub fn next_apply(&mut self, now: Time) -> Option<ApplyJob> {
         if !self.has_apply(now) {
             return None;
         }
         let mut bytes = 0;
-        let batch: Vec<Record> = self
+        let records: Vec<Record> = self
             .pending
             .iter()
             .take_while(|r| r.seq() <= self.durable.seq && !self.reads.blocks(r.header.range()))
@@ -498,8 +511,9 @@ impl Replica {
             })
             .cloned()
             .collect();
-        self.applying = Some(batch.last()?.header.position());
-        Some(batch)
+        self.applying = Some(records.last()?.header.position());
+        let trust = if self.apply_in_doubt { Trust::InDoubt } else { Trust::Verified };
+        Some(ApplyJob { records, trust })
     }
 
     /// The batch was applied, or was not.
@@ -512,12 +526,14 @@ impl Replica {
                     self.pending_bytes -= u64::from(record.header.payload_length);
                 }
                 self.applied = last;
+                self.apply_in_doubt = false;
                 self.reads.on_applied(last.seq);
                 self.tell_condition(Condition::Healthy);
             }
             Err(ApplyError::NoSpace) => {
                 // The records are safe in the journal; space may be made for them.
                 self.apply_retry_at = now + NO_SPACE_RETRY;
+                self.apply_in_doubt = true;
                 self.tell_condition(Condition::NoSpace);
             }
             Err(ApplyError::Failed) => self.poison(),
@@ -525,7 +541,8 @@ impl Replica {
     }
 
     fn tell_condition(&mut self, condition: Condition) {
-        if self.condition != condition {
+        // Poisoned it stays, whatever still ends well.
+        if self.condition != condition && self.condition != Condition::Poisoned {
             self.condition = condition;
             if let Some(session) = self.current {
                 self.outbox.push_back((session, ToEngine::Condition(condition)));
