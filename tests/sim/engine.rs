@@ -22,7 +22,7 @@ pub struct Engine {
     pub alive: bool,
     pub frozen_until: Time,
     conns: Vec<Option<ConnId>>,
-    /// Set once it serves: how many engines served before, and one more.
+    /// Its epoch, once it serves.
     pub reign: Option<u64>,
     /// What the client waits for.
     outstanding: BTreeMap<Token, Asked>,
@@ -180,8 +180,9 @@ impl World {
         match event {
             Event::Completed(token, outcome) => self.completed(engine, token, outcome),
             Event::Serving => {
-                let reign = self.oracle.begin_reign();
-                self.trace(|| format!("e{engine} serves as number {reign}"));
+                let reign = self.engines[engine].volume.snapshot(self.engine_now(engine)).epoch.0;
+                self.oracle.begin_reign(reign);
+                self.trace(|| format!("e{engine} serves in epoch {reign}"));
                 self.engines[engine].reign = Some(reign);
                 self.after(ms(1), Happening::Client { engine });
             }

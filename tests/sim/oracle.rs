@@ -18,7 +18,7 @@ type Value = u64;
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    /// Counts the engines that served, in the order in which they began to.
+    /// The epoch of the engine that took it.
     reign: u64,
     token: Token,
     value: Value,
@@ -98,10 +98,9 @@ impl Oracle {
         self.sectors.len()
     }
 
-    /// An engine begins to serve.
-    pub fn begin_reign(&mut self) -> u64 {
-        self.reign += 1;
-        self.reign
+    /// An engine begins to serve in this epoch. One that wakes up after a later one did may believe so too.
+    pub fn begin_reign(&mut self, epoch: u64) {
+        self.reign = self.reign.max(epoch);
     }
 
     pub fn submit_write(&mut self, token: Token, reign: u64, first: usize, count: usize, zeroes: bool) {

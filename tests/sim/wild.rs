@@ -67,8 +67,9 @@ fn heal(world: &mut World) {
         (at.stalled_until, at.cut_off_until) = (Time::ZERO, Time::ZERO);
         world.start_agent(agent);
     }
-    // Agents whose disk was full look again after a while.
+    // Agents whose disk was full look again after a while; those that were asked to stop do so and come back.
     world.run_for(ms(1000));
+    (0..world.agents.len()).for_each(|agent| world.start_agent(agent));
 }
 
 /// A new engine must serve soon, and answer everything.
