@@ -40,7 +40,8 @@ struct Write {
 struct Read {
     reign: u64,
     first: usize,
-    allowed: Vec<BTreeSet<Value>>,
+    /// For each sector what it may hold between question and answer, in the order of taking effect.
+    allowed: Vec<Vec<Entry>>,
 }
 
 #[derive(Debug)]
@@ -115,7 +116,7 @@ impl Oracle {
             self.sectors[sector].push(Entry { reign, token, value });
             for read in self.reads.values_mut() {
                 if let Some(allowed) = sector.checked_sub(read.first).and_then(|i| read.allowed.get_mut(i)) {
-                    allowed.insert(value);
+                    allowed.push(Entry { reign, token, value });
                 }
             }
         }
@@ -136,8 +137,7 @@ impl Oracle {
     }
 
     pub fn submit_read(&mut self, token: Token, reign: u64, first: usize, count: usize) {
-        let values = |sector: usize| self.sectors[sector].iter().map(|e| e.value).collect();
-        let allowed = (first..first + count).map(values).collect();
+        let allowed = self.sectors[first..first + count].to_vec();
         self.reads.insert(token, Read { reign, first, allowed });
     }
 
@@ -152,24 +152,22 @@ impl Oracle {
         for (i, (bytes, allowed)) in data.chunks_exact(SECTOR).zip(&allowed).enumerate() {
             let sector = first + i;
             let value = value_of(bytes, sector);
-            assert!(
-                allowed.contains(&value),
-                "read {token} of reign {reign}: sector {sector} holds {value}, allowed are {allowed:?}; \
-                 possible now {:?}",
-                self.sectors[sector]
-            );
-            self.observe(sector, value, reign);
+            let Some(earliest) = allowed.iter().find(|e| e.value == value).copied() else {
+                let now = &self.sectors[sector];
+                panic!("read {token} of reign {reign}: sector {sector} holds {value} and not {allowed:?}; now {now:?}");
+            };
+            self.observe(sector, earliest, reign);
         }
     }
 
-    /// What a read has shown stays.
-    fn observe(&mut self, sector: usize, value: Value, reign: u64) {
+    /// What a read has shown stays. Of several writes that look alike it showed at least the earliest.
+    fn observe(&mut self, sector: usize, seen: Entry, reign: u64) {
         let entries = &mut self.sectors[sector];
-        let Some(at) = entries.iter().position(|e| e.value == value) else { return };
+        let Some(at) = entries.iter().position(|e| e.token == seen.token) else { return };
         entries.drain(..at);
         let writes = &mut self.writes;
         entries.retain(|e| {
-            let stays = e.reign >= reign || e.value == value;
+            let stays = e.reign >= reign || e.value == seen.value;
             if !stays && let Some(write) = writes.get_mut(&e.token) {
                 write.rejected.insert(sector);
             }
