@@ -67,8 +67,8 @@ fn heal(world: &mut World) {
         (at.stalled_until, at.cut_off_until) = (Time::ZERO, Time::ZERO);
         world.start_agent(agent);
     }
-    // Agents whose disk was full look again after a while; those that were asked to stop do so and come back.
-    world.run_for(ms(1000));
+    // What stood still goes on within this time; agents that were asked to stop do so and come back.
+    world.run_for(ms(4000));
     (0..world.agents.len()).for_each(|agent| world.start_agent(agent));
 }
 
