@@ -57,7 +57,8 @@ struct Replay {
     goal: Seq,
     /// The member being brought up, and the last record sent on to it.
     current: Option<(PeerId, Seq)>,
-    fetching: bool,
+    /// The first record of the part that the source was asked for.
+    fetching_from: Option<Seq>,
 }
 
 /// A replica that is needed and did not answer.
@@ -267,7 +268,9 @@ impl<T> Volume<T> {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
             self.disconnect(now, peer);
-            // What it lacks is dropped from its account, so that the drop record lists all of it.
+            // What it lacks is dropped from its account, so that it counts for nothing and the drop record lists it.
+            let kept = if same_history { found.seq } else { Seq(0) };
+            self.peers[peer].restart_from(kept);
             self.peers[peer].role = Role::Leaving;
             if self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
                 self.propose_drop(now, peer, DropReason::LostData);
@@ -275,6 +278,8 @@ impl<T> Volume<T> {
             return;
         }
         at.restart_from(found.seq);
+        // It may have missed this while it was away, and have no room in its journal until it knows.
+        at.push_urgent(ToAgent::Stable { seq: self.stable_told });
     }
 
     pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
@@ -291,11 +296,9 @@ impl<T> Volume<T> {
         if replay.source != peer {
             return;
         }
-        replay.fetching = false;
-        let progress = replay
-            .current
-            .is_some_and(|(target, forwarded)| forwarded.next() == next && forwarded > self.peers[target].durable);
-        if !progress {
+        // The member may hold all of the part durably by now.
+        let gave_something = replay.fetching_from.take().is_some_and(|from| next > from);
+        if !gave_something {
             self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
             self.start_over(now);
         }
@@ -428,7 +431,15 @@ impl<T> Volume<T> {
         };
         let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
         let goal = truth.position.seq;
-        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching: false }));
+        // What the source gave up all members hold; with all of them here, so do they what the last of them has. A
+        // journal that is full of such records could not take what is to be replayed.
+        let all_here = usable.len() == view.len();
+        let last_of_all = usable.iter().map(|id| self.peers[*id].durable).min().filter(|_| all_here);
+        let stable = last_of_all.unwrap_or(Seq(truth.journal_first.0.saturating_sub(1)));
+        for id in &usable {
+            self.peers[*id].push_urgent(ToAgent::Stable { seq: stable });
+        }
+        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching_from: None }));
         self.advance_replay(now);
         true
     }
@@ -449,10 +460,10 @@ impl<T> Volume<T> {
         }
         // The next part is fetched when the one before is durable: that bounds what is in memory.
         if let Some((target, forwarded)) = replay.current
-            && !replay.fetching
+            && replay.fetching_from.is_none()
             && self.peers[target].durable == forwarded
         {
-            replay.fetching = true;
+            replay.fetching_from = Some(forwarded.next());
             self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
         }
     }
@@ -469,9 +480,8 @@ impl<T> Volume<T> {
                 (true, false) => Role::Leaving,
                 (false, _) => Role::Dropped,
             };
-            if peer.role == Role::Member {
-                peer.restart_from(goal);
-            }
+            // What the others hold is none of this history, or nobody knows: it counts for nothing.
+            peer.restart_from(if peer.role == Role::Member { goal } else { Seq(0) });
         }
         self.membership = Some(membership);
         self.history = truth.history;

@@ -430,7 +430,7 @@ impl Replica {
         let bytes_max = group_bytes_max(self.superblock.identity.journal_bytes);
         let skip = self.durable.seq.ahead_of(self.applied.seq) as usize;
         let mut bytes = 0;
-        let records: Vec<Record> = self
+        let mut records: Vec<Record> = self
             .pending
             .iter()
             .skip(skip)
@@ -440,8 +440,8 @@ impl Replica {
             })
             .cloned()
             .collect();
-        let (first, last) = (records.first()?.seq(), records.last()?.header.position());
-        let Some(offset) = self.ring.take(group_bytes(&records), first, last.seq) else {
+        let first = records.first()?.seq();
+        let Some((offset, last)) = self.take_room(&mut records, first) else {
             self.checkpoint_due = true;
             return None;
         };
@@ -451,6 +451,17 @@ impl Replica {
         self.last_group_offset = offset;
         self.writing = Some(last);
         Some(GroupJob { offset, generation: self.superblock.generation, records })
+    }
+
+    /// Takes room for as many of the records as there is room for.
+    fn take_room(&mut self, records: &mut Vec<Record>, first: Seq) -> Option<(u64, Position)> {
+        loop {
+            let last = records.last()?.header.position();
+            if let Some(offset) = self.ring.take(group_bytes(records.iter()), first, last.seq) {
+                return Some((offset, last));
+            }
+            records.pop();
+        }
     }
 
     /// The group was written, or was not.
@@ -626,6 +637,8 @@ impl Replica {
             self.refuse(session, RefusedReason::Unusable, "the agent is stopping");
         }
         self.promise = self.promise.filter(|p| p.writing);
+        // Nobody was told of these, and there may be no room for them.
+        self.forget_unwritten();
     }
 
     fn releasable(&self) -> Seq {
