@@ -22,6 +22,8 @@ pub struct Conn {
     pub life: u64,
     pub open_at_engine: bool,
     pub open_at_agent: bool,
+    /// Nothing gets through any more, whatever the two sides believe.
+    broken: bool,
     to_agent: VecDeque<Bytes>,
     to_engine: VecDeque<Bytes>,
     last_to_agent: Time,
@@ -36,6 +38,7 @@ impl Conn {
             life,
             open_at_engine: true,
             open_at_agent: true,
+            broken: false,
             to_agent: VecDeque::new(),
             to_engine: VecDeque::new(),
             last_to_agent: Time::ZERO,
@@ -84,7 +87,7 @@ impl World {
     pub fn send_to_agent(&mut self, id: ConnId, message: &ToAgent) {
         let delay = self.some_delay();
         let now = self.now;
-        let Some(conn) = self.conns.get_mut(&id) else { return };
+        let Some(conn) = self.conns.get_mut(&id).filter(|c| !c.broken) else { return };
         let frame = frame_to_agent(message);
         conn.to_agent.push_back(whole(&frame.head, &frame.bulk));
         conn.last_to_agent = conn.last_to_agent.max(now + delay);
@@ -95,7 +98,7 @@ impl World {
     pub fn send_to_engine(&mut self, id: ConnId, message: &ToEngine) {
         let delay = self.some_delay();
         let now = self.now;
-        let Some(conn) = self.conns.get_mut(&id) else { return };
+        let Some(conn) = self.conns.get_mut(&id).filter(|c| !c.broken) else { return };
         let frame = frame_to_engine(message);
         conn.to_engine.push_back(whole(&frame.head, &frame.bulk));
         conn.last_to_engine = conn.last_to_engine.max(now + delay);
@@ -161,7 +164,7 @@ impl World {
         let longest = if late { 1500 } else { 20 };
         let (to_agent, to_engine) = (self.rng.below(longest), self.rng.below(longest));
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        self.next_happening += 1;
+        conn.broken = true;
         conn.to_agent.clear();
         conn.to_engine.clear();
         let (agent, engine) = (conn.agent, conn.engine);
