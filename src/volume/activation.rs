@@ -272,7 +272,7 @@ impl<T> Volume<T> {
             let kept = if same_history { found.seq } else { Seq(0) };
             self.peers[peer].restart_from(kept);
             self.peers[peer].role = Role::Leaving;
-            if self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
+            if self.can_drop(peer) && self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
                 self.propose_drop(now, peer, DropReason::LostData);
             }
             return;

@@ -127,19 +127,31 @@ impl<T> Volume<T> {
         (waits.max(down)? > self.settings.lag_max).then_some(DropReason::LagTime)
     }
 
+    /// Whether the drop of a replica can come into force: enough members but it are there. A drop that only some hold and
+    /// that the others cannot take would stand in the way of every later engine.
+    pub(super) fn can_drop(&self, id: PeerId) -> bool {
+        let Some(Membership { in_force, .. }) = &self.membership else { return false };
+        let others = self.peers.iter().enumerate().filter(|(other, p)| {
+            *other != id && p.is_ready_member() && in_force.contains(&p.name)
+        });
+        others.count() >= self.quorum_policy().view_change(in_force.len())
+    }
+
     /// Lets members go that are too far behind for too long, one at a time.
     pub(super) fn enforce_limits(&mut self, now: Time) {
         if self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
             return;
         }
-        let members: Vec<PeerId> = (0..self.peers.len()).filter(|id| self.peers[*id].role == Role::Member).collect();
-        for id in members {
-            if let Some(reason) = self.reason_to_drop(now, id) {
+        let may_go: Vec<PeerId> = (0..self.peers.len()).filter(|id| self.can_drop(*id)).collect();
+        for id in may_go.iter().copied() {
+            if self.peers[id].role == Role::Member
+                && let Some(reason) = self.reason_to_drop(now, id)
+            {
                 return self.propose_drop(now, id, reason);
             }
         }
         // Members of the view that the configuration no longer names, or that activation found unusable.
-        if let Some(id) = (0..self.peers.len()).find(|id| self.peers[*id].role == Role::Leaving) {
+        if let Some(id) = may_go.into_iter().find(|id| self.peers[*id].role == Role::Leaving) {
             self.propose_drop(now, id, DropReason::Absent);
         }
     }

@@ -1,7 +1,8 @@
 //! The simulation: real volumes, replicas, frames, journals and recovery in one thread with virtual time, on simulated
 //! disks and a simulated network, all of it from one seed.
 //!
-//! `NBDCAST_TEST_SEED=N` runs one seed with a trace; `NBDCAST_SIM_SEEDS=N` runs so many.
+//! `NBDCAST_TEST_SEED=N` runs one seed with a trace; `NBDCAST_SIM_SEEDS=N` runs so many, from
+//! `NBDCAST_SIM_FIRST_SEED` on.
 
 #![allow(unreachable_pub, reason = "the modules of one test are seen by that test alone")]
 
@@ -57,7 +58,8 @@ fn random_faults_lose_nothing_and_heal() {
     }
     let count = number("NBDCAST_SIM_SEEDS").unwrap_or(SEEDS);
     let (mut served, mut acknowledged, mut reads, mut drops) = (0, 0, 0, 0);
-    for seed in FIRST_SEED..FIRST_SEED + count {
+    let first = number("NBDCAST_SIM_FIRST_SEED").unwrap_or(FIRST_SEED);
+    for seed in first..first + count {
         match catch_unwind(AssertUnwindSafe(|| wild::run(seed))) {
             Ok(world) => {
                 served += world.engines.iter().filter(|e| e.reign.is_some()).count();
