@@ -131,9 +131,11 @@ impl<T> Volume<T> {
     /// that the others cannot take would stand in the way of every later engine.
     pub(super) fn can_drop(&self, id: PeerId) -> bool {
         let Some(Membership { in_force, .. }) = &self.membership else { return false };
-        let others = self.peers.iter().enumerate().filter(|(other, p)| {
-            *other != id && p.is_ready_member() && in_force.contains(&p.name)
-        });
+        let others = self
+            .peers
+            .iter()
+            .enumerate()
+            .filter(|(other, p)| *other != id && p.is_ready_member() && in_force.contains(&p.name));
         others.count() >= self.quorum_policy().view_change(in_force.len())
     }
 

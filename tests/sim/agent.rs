@@ -272,7 +272,10 @@ impl World {
                 if let ReadOutcome::ChecksumMismatch { offset } = outcome
                     && process.replica.condition() != Condition::Poisoned
                 {
-                    assert!(agent.rotten.contains(&offset), "a{index}: block at {offset} is bad, and no bit was flipped");
+                    assert!(
+                        agent.rotten.contains(&offset),
+                        "a{index}: block at {offset} is bad, and no bit was flipped"
+                    );
                 }
                 process.replica.read_done(job, outcome);
             }
@@ -290,15 +293,15 @@ impl World {
             let writes = self.rng.below(12);
             let disk = &self.agents[index].disk;
             match job {
-                Job::Group(job) if power_cut && fate > 0 => disk.torn(|| drop(write_group(disk, &job))),
+                Job::Group(job) if power_cut && fate > 0 => disk.torn(|| _ = write_group(disk, &job)),
                 // A write that the process began is carried out even if nobody waits for it.
-                Job::Group(job) if fate > 0 => drop(write_group(disk, &job)),
+                Job::Group(job) if fate > 0 => _ = write_group(disk, &job),
                 Job::Apply(job) => {
-                    disk.cut_short(writes, || drop(apply(&process.image, &job)));
+                    disk.cut_short(writes, || _ = apply(&process.image, &job));
                 }
                 Job::Metadata(job) if fate > 0 => {
-                    let sync = || drop(job.sync_image.then(|| process.image.sync()));
-                    let write = || drop(job.superblock.write(disk.superblock.as_ref()));
+                    let sync = || _ = job.sync_image.then(|| process.image.sync());
+                    let write = || _ = job.superblock.write(disk.superblock.as_ref());
                     match (power_cut, fate) {
                         (true, 1) => disk.torn(sync),
                         (true, _) => {

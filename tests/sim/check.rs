@@ -41,7 +41,8 @@ pub fn images(world: &mut World) {
     let everyone: Vec<usize> = (0..world.agents.len()).collect();
     let is_member = |agent: &usize| now.view.contains(&replica_name(*agent));
     // A replica that was dropped may have more to apply yet.
-    let applied = |w: &World| everyone.iter().all(|a| w.agents[*a].replica().applied() == w.agents[*a].replica().durable());
+    let applied =
+        |w: &World| everyone.iter().all(|a| w.agents[*a].replica().applied() == w.agents[*a].replica().durable());
     assert!(world.run_until(world.setup.slowest * 2000, applied), "what is durable is not applied");
     let truth = everyone.iter().copied().find(is_member).expect("a view is never empty");
     let history = world.agents[truth].replica().superblock().history.clone();

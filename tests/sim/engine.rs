@@ -343,19 +343,20 @@ impl World {
         let (first, count) = (first as usize, count as usize);
         let fua = self.rng.percent(10);
         match self.rng.below(100) {
-            0..50 => drop(self.write(engine, first, count, fua)),
+            0..50 => {
+                self.write(engine, first, count, fua);
+            }
             50..60 => {
                 let how = self.rng.pick(&[Zeroing::Trim, Zeroing::Zero, Zeroing::ZeroKeepAllocated]);
-                drop(self.zero(engine, first, count, how, fua));
+                self.zero(engine, first, count, how, fua);
             }
-            60..95 => drop(self.read(engine, first, count)),
-            _ => drop(self.flush(engine)),
+            60..95 => {
+                self.read(engine, first, count);
+            }
+            _ => {
+                self.flush(engine);
+            }
         }
-    }
-
-    /// The client asks for nothing more.
-    pub fn hush(&mut self, engine: usize) {
-        self.engines[engine].depth = 0;
     }
 }
 

@@ -55,9 +55,9 @@ pub fn run(seed: u64) -> World {
 fn heal(world: &mut World) {
     world.trace(|| "everything heals".to_owned());
     world.wild = false;
-    world.agenda.retain(|_, h| {
-        !matches!(h, Happening::Fault | Happening::StartEngine { .. } | Happening::StartAgent { .. })
-    });
+    world
+        .agenda
+        .retain(|_, h| !matches!(h, Happening::Fault | Happening::StartEngine { .. } | Happening::StartAgent { .. }));
     for engine in 0..world.engines.len() {
         world.kill_engine(engine);
     }
