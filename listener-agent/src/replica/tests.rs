@@ -1,1 +1,287 @@
+//! The replica's rules, one story each.
 
+use bytes::Bytes;
+use protocol::message::{Condition, Promised, ReadOutcome};
+use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
+
+use super::*;
+use crate::journal::{self, FILE_BYTES_MIN};
+use crate::superblock::Identity;
+
+const BLOCK: u64 = 4096;
+const A: EngineId = [1; 16];
+const B: EngineId = [2; 16];
+const NOW: Time = Time::from_secs(1);
+
+fn replica() -> Replica {
+    let name: ReplicaName = "a".parse().unwrap();
+    let superblock = Superblock {
+        identity: Identity {
+            uuid: VolumeUuid([3; 16]),
+            volume: "v".parse().unwrap(),
+            replica: name.clone(),
+            size_bytes: 1 << 20,
+            journal_bytes: FILE_BYTES_MIN,
+        },
+        write_count: 2,
+        generation: 1,
+        clean: false,
+        promised: Epoch(0),
+        engine: [0; 16],
+        lease_ms: 0,
+        syncing: false,
+        checkpoint: Position::default(),
+        views: ViewState::initial(View::new(vec![name]).unwrap()),
+        history: EpochHistory::default(),
+        tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
+        stable: Seq(0),
+    };
+    let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
+    Replica::new(superblock, ring, Position::default(), NOW, false)
+}
+
+/// A replica that promised epoch 1 to session 1 of engine A.
+fn promised() -> Replica {
+    let mut r = replica();
+    r.open_session(1, A, NOW);
+    r.handle(NOW, 1, promise(1, A));
+    write_superblock(&mut r);
+    said(&mut r);
+    r
+}
+
+fn promise(epoch: u64, engine: EngineId) -> ToAgent {
+    ToAgent::Promise { epoch: Epoch(epoch), engine, lease_ms: 1000 }
+}
+
+fn write_at(epoch: u64, seq: u64, offset: u64, length: u64) -> ToAgent {
+    let position = Position { epoch: Epoch(epoch), seq: Seq(seq) };
+    let payload = Bytes::from(vec![seq as u8; length as usize]);
+    ToAgent::Append(Record::new(position, RecordKind::Write, ByteRange { offset, length }, payload))
+}
+
+fn append(r: &mut Replica, seq: u64, offset: u64) {
+    r.handle(NOW, 1, write_at(1, seq, offset, BLOCK));
+}
+
+fn write_group(r: &mut Replica) {
+    r.next_group().expect("there is a group to write");
+    r.group_done(true);
+}
+
+fn apply(r: &mut Replica) {
+    r.next_apply(NOW).expect("there are records to apply");
+    r.apply_done(NOW, Ok(()));
+}
+
+fn write_superblock(r: &mut Replica) -> Superblock {
+    let job = r.next_metadata(NOW).expect("there is a superblock to write");
+    r.metadata_done(NOW, &job, true);
+    job.superblock
+}
+
+fn said(r: &mut Replica) -> Vec<(SessionId, ToEngine)> {
+    std::iter::from_fn(|| r.poll_outbox()).collect()
+}
+
+fn refusal(said: &[(SessionId, ToEngine)], session: SessionId) -> Option<RefusedReason> {
+    said.iter().find_map(|(to, message)| match message {
+        ToEngine::Refused(refused) if *to == session => Some(refused.reason),
+        _ => None,
+    })
+}
+
+fn promise_given(said: &[(SessionId, ToEngine)]) -> Option<&Promised> {
+    said.iter().find_map(|(_, message)| if let ToEngine::Promised(p) = message { Some(p) } else { None })
+}
+
+#[test]
+fn a_promise_fences_the_older_session_and_fixes_the_position() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    let group = r.next_group().unwrap();
+    append(&mut r, 2, 0);
+    r.open_session(2, B, NOW);
+    r.handle(NOW, 2, promise(2, B));
+    assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Fenced { promised: Epoch(2) }));
+    append(&mut r, 3, 0);
+    assert!(!r.has_metadata(NOW), "the group at work belongs to the position that is told");
+    r.group_done(true);
+    assert_eq!(group.records.len(), 1);
+    assert!(r.next_group().is_none(), "what was only received is forgotten");
+    assert_eq!(write_superblock(&mut r).promised, Epoch(2));
+    let said = said(&mut r);
+    assert_eq!(promise_given(&said).unwrap().position, Position { epoch: Epoch(1), seq: Seq(1) });
+}
+
+#[test]
+fn a_promise_is_answered_only_when_it_is_durable() {
+    let mut r = replica();
+    r.open_session(1, A, NOW);
+    r.handle(NOW, 1, promise(5, A));
+    let job = r.next_metadata(NOW).unwrap();
+    assert!(promise_given(&said(&mut r)).is_none());
+    r.metadata_done(NOW, &job, true);
+    assert_eq!(promise_given(&said(&mut r)).unwrap().epoch, Epoch(5));
+}
+
+#[test]
+fn a_lower_epoch_and_the_same_epoch_of_another_engine_are_refused() {
+    let mut r = promised();
+    for (session, epoch) in [(2, 0), (3, 1)] {
+        r.open_session(session, B, NOW);
+        r.handle(NOW, session, promise(epoch, B));
+        assert_eq!(refusal(&said(&mut r), session), Some(RefusedReason::Fenced { promised: Epoch(1) }));
+    }
+    append(&mut r, 1, 0);
+    write_group(&mut r);
+    assert_eq!(said(&mut r), [(1, ToEngine::Durable { seq: Seq(1) })], "the promise to the first stands");
+}
+
+#[test]
+fn the_next_engine_learns_how_long_the_one_before_may_count_on_its_lease() {
+    let mut r = promised();
+    let later = NOW + Duration::from_micros(400_300);
+    r.open_session(2, B, later);
+    r.handle(later, 2, promise(2, B));
+    let job = r.next_metadata(later).unwrap();
+    r.metadata_done(later, &job, true);
+    assert_eq!(promise_given(&said(&mut r)).unwrap().lease_remaining_ms, 600, "rounded up, never down");
+}
+
+#[test]
+fn a_gap_in_the_order_is_refused() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    append(&mut r, 3, 0);
+    assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Protocol));
+}
+
+#[test]
+fn nothing_is_acknowledged_or_applied_before_it_is_durable() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    assert!(r.next_apply(NOW).is_none());
+    r.next_group().unwrap();
+    assert!(r.next_apply(NOW).is_none() && said(&mut r).is_empty());
+    r.group_done(true);
+    assert_eq!(said(&mut r), [(1, ToEngine::Durable { seq: Seq(1) })]);
+    assert!(r.next_apply(NOW).is_some());
+}
+
+#[test]
+fn a_read_waits_for_the_record_that_it_must_see_and_no_other() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    r.handle(NOW, 1, ToAgent::Read { id: 7, offset: 512, length: 512 });
+    r.handle(NOW, 1, ToAgent::Read { id: 8, offset: 2 * BLOCK, length: 512 });
+    assert_eq!(r.next_read().unwrap().id, 8);
+    assert!(r.next_read().is_none());
+    write_group(&mut r);
+    apply(&mut r);
+    assert_eq!(r.next_read().unwrap().id, 7);
+}
+
+#[test]
+fn a_record_waits_for_the_read_of_its_block_at_work_or_about_to_begin() {
+    let mut r = promised();
+    r.handle(NOW, 1, ToAgent::Read { id: 7, offset: 512, length: 512 });
+    append(&mut r, 1, 0);
+    write_group(&mut r);
+    said(&mut r);
+    assert!(r.next_apply(NOW).is_none(), "the read may begin at any moment");
+    let read = r.next_read().unwrap();
+    assert!(r.next_apply(NOW).is_none(), "the read is at work");
+    let data = Bytes::from(vec![0; 512]);
+    r.read_done(read, ReadOutcome::Data { data, crc: 0 });
+    assert!(matches!(said(&mut r)[..], [(1, ToEngine::ReadDone { id: 7, applied: Seq(0), .. })]));
+    assert!(r.next_apply(NOW).is_some());
+}
+
+#[test]
+fn a_full_journal_goes_on_once_records_are_stable_and_a_checkpoint_gave_them_up() {
+    let mut r = promised();
+    let mut seq = 0;
+    loop {
+        seq += 1;
+        r.handle(NOW, 1, write_at(1, seq, 0, 2 * BLOCK));
+        if r.next_group().is_none() {
+            break;
+        }
+        r.group_done(true);
+        apply(&mut r);
+    }
+    let durable = r.durable();
+    write_superblock(&mut r);
+    assert!(r.next_group().is_none(), "other members may need the records yet");
+    r.handle(NOW, 1, ToAgent::Stable { seq: durable.seq });
+    let job = r.next_metadata(NOW).unwrap();
+    assert!(job.sync_image && job.superblock.checkpoint == durable);
+    assert!(r.next_group().is_none(), "the superblock that gives them up is not durable yet");
+    r.metadata_done(NOW, &job, true);
+    assert_eq!(r.next_group().unwrap().records[0].seq(), Seq(seq));
+}
+
+#[test]
+fn a_group_is_made_smaller_where_room_is_short() {
+    let mut r = promised();
+    for seq in 1..=9 {
+        r.handle(NOW, 1, write_at(1, seq, 0, 2 * BLOCK));
+        write_group(&mut r);
+    }
+    assert_eq!(r.ring.capacity() - r.ring.used_bytes(), 4 * BLOCK);
+    for seq in 10..=11 {
+        r.handle(NOW, 1, write_at(1, seq, 0, 2 * BLOCK));
+    }
+    assert_eq!(r.next_group().unwrap().records.len(), 1, "both together take five blocks");
+}
+
+#[test]
+fn a_failed_durable_write_poisons_for_good() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    write_group(&mut r);
+    let job = r.next_apply(NOW).unwrap();
+    append(&mut r, 2, BLOCK);
+    r.next_group().unwrap();
+    r.group_done(false);
+    assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Unusable));
+    assert_eq!(job.records.len(), 1);
+    r.apply_done(NOW, Ok(()));
+    assert_eq!(r.condition(), Condition::Poisoned, "what still ends well heals nothing");
+    assert!(r.next_group().is_none() && r.next_metadata(NOW).is_none() && r.next_apply(NOW).is_none());
+}
+
+#[test]
+fn a_full_disk_is_told_and_tried_again_with_blocks_in_doubt() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    write_group(&mut r);
+    said(&mut r);
+    r.next_apply(NOW).unwrap();
+    r.apply_done(NOW, Err(ApplyError::NoSpace));
+    assert_eq!(said(&mut r), [(1, ToEngine::Condition(Condition::NoSpace))]);
+    assert!(r.next_apply(NOW).is_none(), "not at once");
+    let later = NOW + NO_SPACE_RETRY;
+    assert_eq!(r.next_apply(later).unwrap().trust, Trust::InDoubt);
+    r.apply_done(later, Ok(()));
+    assert_eq!(said(&mut r), [(1, ToEngine::Condition(Condition::Healthy))]);
+}
+
+#[test]
+fn a_close_applies_what_is_durable_and_marks_the_replica_clean() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    r.next_group().unwrap();
+    append(&mut r, 2, BLOCK);
+    r.close();
+    assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Unusable));
+    r.group_done(true);
+    assert!(r.next_group().is_none(), "what was only received is forgotten");
+    assert!(r.next_metadata(NOW).is_none(), "something is not applied yet");
+    apply(&mut r);
+    let last = write_superblock(&mut r);
+    assert!(last.clean && last.checkpoint.seq == Seq(1) && r.is_closed());
+    r.open_session(2, B, NOW);
+    assert_eq!(refusal(&said(&mut r), 2), Some(RefusedReason::Unusable));
+}
