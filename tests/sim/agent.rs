@@ -300,19 +300,14 @@ impl World {
                     disk.cut_short(writes, || _ = apply(&process.image, &job));
                 }
                 Job::Metadata(job) if fate > 0 => {
-                    let sync = || _ = job.sync_image.then(|| process.image.sync());
+                    let sync = || !job.sync_image || process.image.sync().is_ok();
                     let write = || _ = job.superblock.write(disk.superblock.as_ref());
                     match (power_cut, fate) {
-                        (true, 1) => disk.torn(sync),
-                        (true, _) => {
-                            sync();
-                            disk.torn(write);
-                        }
-                        (false, 1) => sync(),
-                        (false, _) => {
-                            sync();
-                            write();
-                        }
+                        (true, 1) => disk.torn(|| _ = sync()),
+                        (false, 1) => _ = sync(),
+                        (true, _) if sync() => disk.torn(write),
+                        (false, _) if sync() => write(),
+                        (true | false, _) => {}
                     }
                 }
                 Job::Group(_) | Job::Metadata(_) | Job::Read(_) | Job::Fetch(_) => {}
