@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use protocol::message::{Condition, EngineId, ReadOutcome};
-use protocol::{Record, ToAgent, ToEngine};
+use protocol::{Epoch, Record, ToAgent, ToEngine};
 use tracing::{error, info};
 
 use crate::directory::{self, DirectoryError};
@@ -114,6 +114,12 @@ impl ReplicaHost {
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Whether no engine was ever promised anything: there is no data in it.
+    #[must_use]
+    pub fn is_pristine(&self) -> bool {
+        self.shared.lock().replica.superblock().promised == Epoch(0)
     }
 
     /// Figures for people.
