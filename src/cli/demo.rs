@@ -105,7 +105,7 @@ fn config_text(size: ByteSize, replicas: u8) -> String {
     let mut text = format!(
         "# Written by `nbdcast demo`; an ordinary engine config. config/engine.toml of nbdcast shows every key.\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{size}\"\n\
-         lag_bytes_max = \"64MiB\"\njournal_size = \"128MiB\"\n"
+         lag_bytes_max = \"64MiB\"\njournal_size = \"192MiB\"\non_lag = \"throttle\"\n"
     );
     for name in ('a'..='z').take(replicas.into()) {
         text.push_str(&format!("\n[[volume.replica]]\nname = \"{name}\"\npath = \"{name}\"\n"));

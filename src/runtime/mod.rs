@@ -120,6 +120,9 @@ fn refusal_remedy(refusal: &StartRefusal) -> &'static str {
         StartRefusal::Missing { .. } => {
             "bring the missing replicas back (start their agents, mount their disks) and start again; nothing is lost"
         }
+        StartRefusal::Stalled { .. } => {
+            "check the replica's disk and its agent's log, then start again; nothing is lost"
+        }
         StartRefusal::NotConfigured { .. } => "add the replica to the configuration again",
         StartRefusal::OtherEngine { .. } => {
             "stop that engine, or start with --take-over to fence it and serve here instead"

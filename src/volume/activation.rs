@@ -57,7 +57,8 @@ struct Replay {
     goal: Seq,
     /// The member being brought up, and the last record sent on to it.
     current: Option<(PeerId, Seq)>,
-    fetching: bool,
+    /// The first record that was asked for, while an answer is due.
+    fetching: Option<Seq>,
 }
 
 /// A replica that is needed and did not answer.
@@ -102,6 +103,13 @@ pub enum StartRefusal {
         /// The replica that said so.
         replica: ReplicaName,
     },
+    /// A replica that is behind takes no records.
+    Stalled {
+        /// Which.
+        replica: ReplicaName,
+        /// The record it stopped at.
+        at: Seq,
+    },
     /// A replica is not one of this volume.
     Mismatch {
         /// Which.
@@ -139,6 +147,9 @@ impl fmt::Display for StartRefusal {
             }
             StartRefusal::OtherEngine { replica } => {
                 write!(f, "another engine serves the volume, as replica {replica} says")
+            }
+            StartRefusal::Stalled { replica, at } => {
+                write!(f, "replica {replica} is behind and took no record after {at} for too long")
             }
             StartRefusal::Mismatch { replica, what } => write!(f, "replica {replica} {what}"),
         }
@@ -291,10 +302,9 @@ impl<T> Volume<T> {
         if replay.source != peer {
             return;
         }
-        replay.fetching = false;
-        let progress = replay
-            .current
-            .is_some_and(|(target, forwarded)| forwarded.next() == next && forwarded > self.peers[target].durable);
+        let from = replay.fetching.take();
+        let whole = replay.current.is_some_and(|(_, forwarded)| forwarded.next() == next);
+        let progress = whole && from.is_some_and(|from| next > from);
         if !progress {
             self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
             self.start_over(now);
@@ -352,7 +362,10 @@ impl<T> Volume<T> {
                     self.refuse_late(now);
                 }
             }
-            Step::Replay(_) => self.advance_replay(now),
+            Step::Replay(_) => {
+                self.advance_replay(now);
+                self.refuse_stalled(now);
+            }
             Step::Start { seq } => {
                 let (seq, not_before) = (*seq, activation.serve_not_before);
                 self.advance_view();
@@ -428,7 +441,12 @@ impl<T> Volume<T> {
         };
         let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
         let goal = truth.position.seq;
-        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching: false }));
+        // What all of them hold need not be kept for any of them: a journal that is full with it has room again.
+        let held_by_all = usable.iter().map(|id| self.peers[*id].durable).min().unwrap_or(Seq(0));
+        for id in &usable {
+            self.peers[*id].push_urgent(ToAgent::Stable { seq: held_by_all });
+        }
+        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching: None }));
         self.advance_replay(now);
         true
     }
@@ -449,11 +467,29 @@ impl<T> Volume<T> {
         }
         // The next part is fetched when the one before is durable: that bounds what is in memory.
         if let Some((target, forwarded)) = replay.current
-            && !replay.fetching
+            && replay.fetching.is_none()
             && self.peers[target].durable == forwarded
         {
-            replay.fetching = true;
+            replay.fetching = Some(forwarded.next());
             self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
+            self.progressed(now);
+        }
+    }
+
+    fn progressed(&mut self, now: Time) {
+        if let Some(activation) = self.activation() {
+            activation.step_since = now;
+        }
+    }
+
+    fn refuse_stalled(&mut self, now: Time) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), step_since, .. }) = &self.phase else { return };
+        if let Some((target, _)) = replay.current
+            && now.saturating_sub(*step_since) >= self.settings.start_timeout
+        {
+            let peer = &self.peers[target];
+            let (replica, at) = (peer.name.clone(), peer.durable);
+            self.refuse_start(StartRefusal::Stalled { replica, at });
         }
     }
 

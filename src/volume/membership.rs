@@ -118,7 +118,8 @@ impl<T> Volume<T> {
             return Some(DropReason::NoSpace);
         }
         let front = self.peers.iter().filter(|p| p.is_ready_member()).map(|p| p.durable).max()?;
-        if log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max {
+        // Where new changes wait for the slowest member instead, bytes alone make nobody leave.
+        if !self.settings.throttle && log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max {
             return Some(DropReason::LagBytes);
         }
         let waits = log.queued_at(missing).map(|at| now.saturating_sub(at)).filter(|_| front >= missing);
