@@ -213,6 +213,8 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     let unfinished = dir.join("superblock.new");
     create_sized(&unfinished, superblock::FILE_BYTES)?;
     let file = SystemFile::open(&unfinished, Caching::Buffered).map_err(at(&unfinished))?;
+    // All of its space is taken now: a checkpoint must not fail on a full disk.
+    file.write_at(0, &vec![0; superblock::FILE_BYTES as usize]).map_err(at(&unfinished))?;
     first_superblock(new).write(&file).map_err(at(&unfinished))?;
     file.file().sync_all().map_err(at(&unfinished))?;
     fs::rename(&unfinished, &superblock_path).map_err(at(&superblock_path))?;

@@ -127,7 +127,9 @@ fn refusal_remedy(refusal: &StartRefusal) -> &'static str {
         StartRefusal::OtherEngine { .. } => {
             "stop that engine, or start with --take-over to fence it and serve here instead"
         }
-        StartRefusal::Mismatch { .. } => "correct `address`, `path` or `size` of the volume in the configuration",
+        StartRefusal::Mismatch { .. } => {
+            "correct the volume in the configuration (`address`, `path`, `size` or `lag_bytes_max`)"
+        }
     }
 }
 

@@ -232,6 +232,10 @@ impl<T> Volume<T> {
         if welcome.size_bytes != size {
             return Some(format!("has {} bytes, the configuration says {size}", welcome.size_bytes));
         }
+        let (journal, lag) = (welcome.journal_bytes, self.settings.lag_bytes_max);
+        if journal < lag.saturating_mul(2) {
+            return Some(format!("has a journal of {journal} bytes, too small for a lag_bytes_max of {lag}"));
+        }
         match self.uuid {
             Some(uuid) if uuid != welcome.uuid => {
                 Some(format!("belongs to volume {}, the others to volume {uuid}", welcome.uuid))
@@ -278,7 +282,6 @@ impl<T> Volume<T> {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
             self.disconnect(now, peer);
-            // What it lacks is dropped from its account, so that the drop record lists all of it.
             self.peers[peer].role = Role::Leaving;
             if self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
                 self.propose_drop(now, peer, DropReason::LostData);
@@ -286,6 +289,12 @@ impl<T> Volume<T> {
             return;
         }
         at.restart_from(found.seq);
+    }
+
+    /// The last record sent to a peer that is being brought up.
+    pub(super) fn replay_sent(&self, peer: PeerId) -> Option<Seq> {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return None };
+        replay.current.filter(|(target, _)| *target == peer).map(|(_, forwarded)| forwarded)
     }
 
     pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
