@@ -95,6 +95,8 @@ pub struct AgentServer {
 /// The replicas of the data directory, by volume.
 struct Replicas {
     data: PathBuf,
+    /// Block devices for new replicas, by volume.
+    images: BTreeMap<ReplicaName, PathBuf>,
     open: Mutex<BTreeMap<ReplicaName, Arc<ReplicaHost>>>,
 }
 
@@ -108,7 +110,8 @@ impl AgentServer {
             Listener::Tcp(socket) => socket.local_addr().map_err(bind_error)?.to_string(),
             Listener::Unix(_, _) => config.listen.to_string(),
         };
-        let replicas = Arc::new(Replicas { data: config.data.clone(), open: Mutex::default() });
+        let replicas =
+            Arc::new(Replicas { data: config.data.clone(), images: config.images.clone(), open: Mutex::default() });
         let opening = replicas.clone();
         let volumes =
             volumes_in(&config.data).map_err(|cause| AgentError::Data { path: config.data.clone(), cause })?;
@@ -271,7 +274,8 @@ impl Replicas {
             journal_bytes: format.journal_bytes,
         };
         let label = format!("volume {} replica {}", identity.volume, identity.replica);
-        directory::create(&dir, &NewReplica { identity, view: format.view, image: None }).map_err(|e| match e {
+        let image = self.images.get(&identity.volume).cloned();
+        directory::create(&dir, &NewReplica { identity, view: format.view, image }).map_err(|e| match e {
             DirectoryError::HasData { .. } | DirectoryError::InUse { .. } => {
                 refused(RefusedReason::HasData, e.to_string())
             }
