@@ -9,6 +9,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Read from the stream at a time, bytes.
 const READ_BYTES: usize = 256 * 1024;
+/// With less room than this left, a new buffer is begun.
+const SPARE_BYTES_MIN: usize = 16 * 1024;
 /// Bulk data up to this size is copied behind its frame's head, so that small frames share a system call.
 const COPY_BYTES_MAX: usize = 16 * 1024;
 const WRITE_BYTES: usize = 256 * 1024;
@@ -62,8 +64,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             if !messages.is_empty() {
                 return Ok(messages);
             }
-            // The prefix bounds what a frame can make us reserve.
-            self.buffer.reserve(missing.max(READ_BYTES));
+            // The prefix bounds what a frame can make us reserve. What is left of a buffer is used up first: payloads
+            // that are still in use keep it from being reclaimed.
+            let spare = self.buffer.capacity() - self.buffer.len();
+            if spare < missing.max(SPARE_BYTES_MIN) {
+                self.buffer.reserve(missing.max(READ_BYTES));
+            }
             if self.stream.read_buf(&mut self.buffer).await? == 0 {
                 return Err(ConnectionError::Closed);
             }
