@@ -225,7 +225,9 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     Ok(())
 }
 
-fn first_superblock(new: &NewReplica) -> Superblock {
+/// The superblock of a replica that never served.
+#[must_use]
+pub fn first_superblock(new: &NewReplica) -> Superblock {
     Superblock {
         identity: new.identity.clone(),
         write_count: 1,

@@ -19,7 +19,7 @@ use tracing::{error, info};
 use crate::directory::{self, DirectoryError};
 use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
-use crate::image::{Image, Trust};
+use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
 use crate::replica::{ApplyError, Counters, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
 use crate::superblock::Identity;
@@ -303,8 +303,8 @@ fn write_journal(shared: &Shared) {
 }
 
 fn apply_records(shared: &Shared) {
-    while let Some(batch) = shared.next_job(&shared.apply_work, Replica::next_apply) {
-        let outcome = batch.iter().try_for_each(|record| shared.image.apply(record, Trust::Verified));
+    while let Some(job) = shared.next_job(&shared.apply_work, Replica::next_apply) {
+        let outcome = job.records.iter().try_for_each(|record| shared.image.apply(record, job.trust));
         let outcome = match outcome {
             Err(e) if e.kind() == io::ErrorKind::StorageFull => Err(ApplyError::NoSpace),
             other => {

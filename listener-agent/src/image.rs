@@ -32,7 +32,8 @@ pub fn checksum_file_bytes(size_bytes: u64) -> u64 {
 pub enum Trust {
     /// In service: a mismatch means that the disk lied, and must not be papered over.
     Verified,
-    /// While the journal is replayed: a block may be torn or older than its checksum, and the records repair it.
+    /// While the journal is replayed, and after an attempt that a full disk ended halfway: a block may be torn or older
+    /// than its checksum, and the records repair it.
     InDoubt,
 }
 

@@ -57,8 +57,8 @@ struct Replay {
     goal: Seq,
     /// The member being brought up, and the last record sent on to it.
     current: Option<(PeerId, Seq)>,
-    /// The first record that was asked for, while an answer is due.
-    fetching: Option<Seq>,
+    /// The first record of the part that the source was asked for.
+    fetching_from: Option<Seq>,
 }
 
 /// A replica that is needed and did not answer.
@@ -282,6 +282,9 @@ impl<T> Volume<T> {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
             self.disconnect(now, peer);
+            // What it lacks is dropped from its account, so that it counts for nothing.
+            let kept = if same_history { found.seq } else { Seq(0) };
+            self.peers[peer].restart_from(kept);
             self.peers[peer].role = Role::Leaving;
             if self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
                 self.propose_drop(now, peer, DropReason::LostData);
@@ -289,6 +292,8 @@ impl<T> Volume<T> {
             return;
         }
         at.restart_from(found.seq);
+        // It may have missed this while it was away, and have no room in its journal until it knows.
+        at.push_urgent(ToAgent::Stable { seq: self.stable_told });
     }
 
     /// The last record sent to a peer that is being brought up.
@@ -311,10 +316,11 @@ impl<T> Volume<T> {
         if replay.source != peer {
             return;
         }
-        let from = replay.fetching.take();
+        let from = replay.fetching_from.take();
         let whole = replay.current.is_some_and(|(_, forwarded)| forwarded.next() == next);
-        let progress = whole && from.is_some_and(|from| next > from);
-        if !progress {
+        // The member may hold all of the part durably by now.
+        let gave_something = whole && from.is_some_and(|from| next > from);
+        if !gave_something {
             self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
             self.start_over(now);
         }
@@ -450,12 +456,15 @@ impl<T> Volume<T> {
         };
         let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
         let goal = truth.position.seq;
-        // What all of them hold need not be kept for any of them: a journal that is full with it has room again.
-        let held_by_all = usable.iter().map(|id| self.peers[*id].durable).min().unwrap_or(Seq(0));
+        // What the source gave up all members hold; with all of them here, so do they what the last of them has. A
+        // journal that is full of such records could not take what is to be replayed.
+        let all_here = usable.len() == view.len();
+        let last_of_all = usable.iter().map(|id| self.peers[*id].durable).min().filter(|_| all_here);
+        let stable = last_of_all.unwrap_or(Seq(truth.journal_first.0.saturating_sub(1)));
         for id in &usable {
-            self.peers[*id].push_urgent(ToAgent::Stable { seq: held_by_all });
+            self.peers[*id].push_urgent(ToAgent::Stable { seq: stable });
         }
-        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching: None }));
+        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching_from: None }));
         self.advance_replay(now);
         true
     }
@@ -476,10 +485,10 @@ impl<T> Volume<T> {
         }
         // The next part is fetched when the one before is durable: that bounds what is in memory.
         if let Some((target, forwarded)) = replay.current
-            && replay.fetching.is_none()
+            && replay.fetching_from.is_none()
             && self.peers[target].durable == forwarded
         {
-            replay.fetching = Some(forwarded.next());
+            replay.fetching_from = Some(forwarded.next());
             self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
             self.progressed(now);
         }
@@ -514,9 +523,8 @@ impl<T> Volume<T> {
                 (true, false) => Role::Leaving,
                 (false, _) => Role::Dropped,
             };
-            if peer.role == Role::Member {
-                peer.restart_from(goal);
-            }
+            // What the others hold is none of this history, or nobody knows: it counts for nothing.
+            peer.restart_from(if peer.role == Role::Member { goal } else { Seq(0) });
         }
         self.membership = Some(membership);
         self.history = truth.history;

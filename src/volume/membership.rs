@@ -9,7 +9,7 @@ use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
 
 use super::peer::Role;
-use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
+use super::{DropReason, Event, Notice, PeerId, Time, Volume};
 use protocol::message::Condition;
 use protocol::ranges::ByteRange;
 
@@ -86,10 +86,10 @@ impl<T> Volume<T> {
         }
         let (view, seq) = (pending.view.clone(), pending.seq);
         for peer in &mut self.peers {
-            if view.contains(&peer.name) {
-                peer.role = Role::Member;
-            } else {
+            if !view.contains(&peer.name) {
                 peer.role = Role::Dropped;
+            } else if peer.role != Role::Leaving {
+                peer.role = Role::Member;
             }
         }
         self.membership = Some(Membership { in_force: view.clone(), pending: None });
@@ -118,8 +118,8 @@ impl<T> Volume<T> {
             return Some(DropReason::NoSpace);
         }
         let front = self.peers.iter().filter(|p| p.is_ready_member()).map(|p| p.durable).max()?;
-        // Where new changes wait for the slowest member instead, bytes alone make nobody leave.
-        if !self.settings.throttle && log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max {
+        let too_far = log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max;
+        if too_far && !self.settings.throttle {
             return Some(DropReason::LagBytes);
         }
         let waits = log.queued_at(missing).map(|at| now.saturating_sub(at)).filter(|_| front >= missing);
@@ -129,7 +129,7 @@ impl<T> Volume<T> {
 
     /// Lets members go that are too far behind for too long, one at a time.
     pub(super) fn enforce_limits(&mut self, now: Time) {
-        if !matches!(self.phase, Phase::Serving) || self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
+        if self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
             return;
         }
         let members: Vec<PeerId> = (0..self.peers.len()).filter(|id| self.peers[*id].role == Role::Member).collect();

@@ -697,7 +697,10 @@ impl<T> Volume<T> {
             if let Some(seq) = stable {
                 peer.push_urgent(ToAgent::Stable { seq });
             }
-            peer.push_urgent(ToAgent::Goodbye);
+            // An engine that never served may have found an earlier one whose lease still runs.
+            if matches!(self.phase, Phase::Serving) {
+                peer.push_urgent(ToAgent::Goodbye);
+            }
         }
         self.die(Failure::Shutdown);
     }

@@ -49,8 +49,8 @@ impl Leases {
         (self.engine != asking && age < self.lease).then_some(age.as_millis() as u64)
     }
 
-    /// How long an engine before the present one may still count on the replica, ms.
+    /// How long an engine before the present one may still count on the replica, ms; never too little.
     pub(super) fn remaining_ms(&self, now: Time) -> u32 {
-        self.earlier_until.saturating_sub(now).as_millis() as u32
+        self.earlier_until.saturating_sub(now).as_micros().div_ceil(1000) as u32
     }
 }

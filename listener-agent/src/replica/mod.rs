@@ -28,6 +28,7 @@ use protocol::ranges::ByteRange;
 use protocol::record::ViewChange;
 use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
 
+use crate::image::Trust;
 use crate::journal::group::{ENTRY_HEADER_BYTES, group_bytes};
 use crate::journal::ring::{Ring, Segment};
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
@@ -62,6 +63,15 @@ pub struct GroupJob {
     pub generation: u64,
     /// The records.
     pub records: Vec<Record>,
+}
+
+/// Records to apply to the image, in order.
+#[derive(Debug)]
+pub struct ApplyJob {
+    /// The records.
+    pub records: Vec<Record>,
+    /// Whether blocks that they change in part must match their checksums: not after an attempt that got stuck halfway.
+    pub trust: Trust,
 }
 
 /// A superblock to write.
@@ -128,6 +138,8 @@ pub struct Replica {
     writing: Option<Position>,
     /// The last record of the batch being applied.
     applying: Option<Position>,
+    /// An attempt to apply got stuck: blocks of the first records may not match their checksums.
+    apply_in_doubt: bool,
     metadata_busy: bool,
     reads: ReadQueue,
     fetches: VecDeque<FetchJob>,
@@ -165,6 +177,7 @@ impl Replica {
             pending_bytes: 0,
             writing: None,
             applying: None,
+            apply_in_doubt: false,
             metadata_busy: false,
             reads: ReadQueue::default(),
             fetches: VecDeque::new(),
@@ -417,7 +430,7 @@ impl Replica {
         let bytes_max = group_bytes_max(self.superblock.identity.journal_bytes);
         let skip = self.durable.seq.ahead_of(self.applied.seq) as usize;
         let mut bytes = 0;
-        let records: Vec<Record> = self
+        let mut records: Vec<Record> = self
             .pending
             .iter()
             .skip(skip)
@@ -427,8 +440,8 @@ impl Replica {
             })
             .cloned()
             .collect();
-        let (first, last) = (records.first()?.seq(), records.last()?.header.position());
-        let Some(offset) = self.ring.take(group_bytes(&records), first, last.seq) else {
+        let first = records.first()?.seq();
+        let Some((offset, last)) = self.take_room(&mut records, first) else {
             self.checkpoint_due = true;
             return None;
         };
@@ -438,6 +451,17 @@ impl Replica {
         self.last_group_offset = offset;
         self.writing = Some(last);
         Some(GroupJob { offset, generation: self.superblock.generation, records })
+    }
+
+    /// Takes room for as many of the records as there is room for.
+    fn take_room(&mut self, records: &mut Vec<Record>, first: Seq) -> Option<(u64, Position)> {
+        loop {
+            let last = records.last()?.header.position();
+            if let Some(offset) = self.ring.take(group_bytes(records.iter()), first, last.seq) {
+                return Some((offset, last));
+            }
+            records.pop();
+        }
     }
 
     /// The group was written, or was not.
@@ -481,12 +505,12 @@ impl Replica {
     }
 
     /// The next batch to apply to the image, in order; [`Replica::apply_done`] must follow.
-    pub fn next_apply(&mut self, now: Time) -> Option<Vec<Record>> {
+    pub fn next_apply(&mut self, now: Time) -> Option<ApplyJob> {
         if !self.has_apply(now) {
             return None;
         }
         let mut bytes = 0;
-        let batch: Vec<Record> = self
+        let records: Vec<Record> = self
             .pending
             .iter()
             .take_while(|r| r.seq() <= self.durable.seq && !self.reads.blocks(r.header.range()))
@@ -498,8 +522,9 @@ impl Replica {
             })
             .cloned()
             .collect();
-        self.applying = Some(batch.last()?.header.position());
-        Some(batch)
+        self.applying = Some(records.last()?.header.position());
+        let trust = if self.apply_in_doubt { Trust::InDoubt } else { Trust::Verified };
+        Some(ApplyJob { records, trust })
     }
 
     /// The batch was applied, or was not.
@@ -512,12 +537,14 @@ impl Replica {
                     self.pending_bytes -= u64::from(record.header.payload_length);
                 }
                 self.applied = last;
+                self.apply_in_doubt = false;
                 self.reads.on_applied(last.seq);
                 self.tell_condition(Condition::Healthy);
             }
             Err(ApplyError::NoSpace) => {
                 // The records are safe in the journal; space may be made for them.
                 self.apply_retry_at = now + NO_SPACE_RETRY;
+                self.apply_in_doubt = true;
                 self.tell_condition(Condition::NoSpace);
             }
             Err(ApplyError::Failed) => self.poison(),
@@ -525,7 +552,8 @@ impl Replica {
     }
 
     fn tell_condition(&mut self, condition: Condition) {
-        if self.condition != condition {
+        // Poisoned it stays, whatever still ends well.
+        if self.condition != condition && self.condition != Condition::Poisoned {
             self.condition = condition;
             if let Some(session) = self.current {
                 self.outbox.push_back((session, ToEngine::Condition(condition)));
@@ -609,6 +637,8 @@ impl Replica {
             self.refuse(session, RefusedReason::Unusable, "the agent is stopping");
         }
         self.promise = self.promise.filter(|p| p.writing);
+        // Nobody was told of these, and there may be no room for them.
+        self.forget_unwritten();
     }
 
     fn releasable(&self) -> Seq {

@@ -64,9 +64,9 @@ impl ReadQueue {
         self.active.swap_remove(at);
     }
 
-    /// Whether a read at work touches a block of `range`.
+    /// Whether a read at work touches a block of `range`, or one that may begin at any moment.
     pub(super) fn blocks(&self, range: ByteRange) -> bool {
-        self.active.iter().any(|a| a.range.shares_block(range))
+        self.active.iter().chain(&self.ready).any(|a| a.range.shares_block(range))
     }
 
     /// Forgets what other sessions asked for and what is not at work yet.

@@ -1,0 +1,349 @@
+//! Agents as `listener_agent::host` runs them, with virtual time in place of threads: jobs are taken, take their time,
+//! and are told as done.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use listener_agent::directory::recover;
+use listener_agent::image::Image;
+use listener_agent::journal::recover::RecoverError;
+use listener_agent::journal::{self, HEADER_BYTES, group};
+use listener_agent::replica::{ApplyError, ApplyJob, FetchJob, GroupJob, MetadataJob, ReadJob, Replica};
+use listener_agent::superblock::Superblock;
+use protocol::message::{Condition, ReadOutcome};
+use protocol::ranges::ByteRange;
+use protocol::{Record, ToAgent, ToEngine};
+
+use crate::disk::Disk;
+use crate::net::{Conn, ConnId};
+use crate::world::{Happening, Time, World, ms};
+
+/// How often an agent looks at the clock.
+const LOOK: Duration = ms(50);
+const READERS: usize = 2;
+
+pub struct Agent {
+    pub disk: Disk,
+    pub process: Option<Process>,
+    /// Counts its processes.
+    pub life: u64,
+    pub stalled_until: Time,
+    pub cut_off_until: Time,
+    pub starts_at: Option<Time>,
+    /// First bytes of blocks whose bits were flipped.
+    pub rotten: Vec<u64>,
+}
+
+/// A running agent.
+pub struct Process {
+    pub replica: Replica,
+    image: Image,
+    started: Time,
+    jobs: BTreeMap<u64, Job>,
+    next_job: u64,
+}
+
+enum Job {
+    Group(GroupJob),
+    Apply(ApplyJob),
+    Metadata(Box<MetadataJob>),
+    Read(ReadJob),
+    Fetch(FetchJob),
+}
+
+impl Agent {
+    pub fn new(disk: Disk) -> Agent {
+        Agent {
+            disk,
+            process: None,
+            life: 0,
+            stalled_until: Time::ZERO,
+            cut_off_until: Time::ZERO,
+            starts_at: None,
+            rotten: Vec::new(),
+        }
+    }
+
+    pub fn replica(&self) -> &Replica {
+        &self.process.as_ref().expect("the agent runs").replica
+    }
+}
+
+impl Process {
+    fn readers(&self) -> usize {
+        self.jobs.values().filter(|j| matches!(j, Job::Read(_) | Job::Fetch(_))).count()
+    }
+
+    /// The next job of any sort that its worker is free for.
+    fn next_job(&mut self, now: Time) -> Option<Job> {
+        if let Some(job) = self.replica.next_group() {
+            return Some(Job::Group(job));
+        }
+        if let Some(job) = self.replica.next_metadata(now) {
+            return Some(Job::Metadata(Box::new(job)));
+        }
+        if let Some(job) = self.replica.next_apply(now) {
+            return Some(Job::Apply(job));
+        }
+        if self.readers() >= READERS {
+            return None;
+        }
+        let read = self.replica.next_read().map(Job::Read);
+        read.or_else(|| self.replica.next_fetch().map(Job::Fetch))
+    }
+
+    /// The rule that callers of the image live by.
+    fn check_no_conflict(&self) {
+        for read in self.jobs.values() {
+            let Job::Read(read) = read else { continue };
+            for job in self.jobs.values() {
+                let Job::Apply(apply) = job else { continue };
+                let clash = apply.records.iter().find(|r| changed(r).shares_block(read.range));
+                assert!(clash.is_none(), "read {read:?} and record {clash:?} are at work on one block");
+            }
+        }
+    }
+}
+
+fn changed(record: &Record) -> ByteRange {
+    record.header.range()
+}
+
+fn write_group(disk: &Disk, job: &GroupJob) -> io::Result<()> {
+    let bytes = group::encode(job.generation, &job.records);
+    disk.files().journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice())
+}
+
+fn fetch(disk: &Disk, job: &FetchJob) -> Vec<Record> {
+    let read = |segment: &journal::ring::Segment| {
+        let mut bytes = vec![0; segment.bytes as usize];
+        disk.files().journal.read_at(HEADER_BYTES + segment.offset, &mut bytes).unwrap();
+        group::decode(&Bytes::from(bytes))
+    };
+    job.segments.iter().flat_map(read).collect()
+}
+
+fn apply(image: &Image, job: &ApplyJob) -> Result<(), ApplyError> {
+    job.records.iter().try_for_each(|record| image.apply(record, job.trust)).map_err(|e| match e.kind() {
+        io::ErrorKind::StorageFull => ApplyError::NoSpace,
+        _ => ApplyError::Failed,
+    })
+}
+
+impl World {
+    /// Opens the replica as `directory::open` does and begins to serve it.
+    pub fn start_agent(&mut self, index: usize) {
+        if self.agents[index].process.as_ref().is_some_and(|p| p.replica.condition() == Condition::Poisoned) {
+            self.kill_agent(index, false);
+        }
+        let agent = &mut self.agents[index];
+        agent.starts_at = None;
+        if agent.process.is_some() {
+            return;
+        }
+        let files = agent.disk.files();
+        let superblock = Superblock::read(files.superblock.as_ref()).expect("one slot is always whole");
+        journal::check_header(files.journal.as_ref(), superblock.identity.uuid).unwrap();
+        let opened = match recover(files, superblock) {
+            Ok(opened) => opened,
+            Err(RecoverError::Apply { cause, .. }) if cause.kind() == io::ErrorKind::StorageFull => {
+                return self.start_agent_after(index, ms(500));
+            }
+            Err(RecoverError::Io(_)) => return self.start_agent_after(index, ms(100)),
+            Err(e) => panic!("a{index} cannot be opened: {e}"),
+        };
+        agent.life += 1;
+        let (life, durable) = (agent.life, opened.durable);
+        let replica = Replica::new(opened.superblock, opened.ring, durable, Time::ZERO, false);
+        let image = Image::new(&agent.disk.files());
+        let jobs = BTreeMap::new();
+        agent.process = Some(Process { replica, image, started: self.now, jobs, next_job: 0 });
+        self.trace(|| format!("a{index} starts at {durable}"));
+        self.after(LOOK, Happening::Look { agent: index, life });
+    }
+
+    pub fn start_agent_after(&mut self, index: usize, delay: Duration) {
+        self.agents[index].starts_at = Some(self.now + delay);
+        self.after(delay, Happening::StartAgent { agent: index });
+    }
+
+    pub fn look(&mut self, agent: usize, life: u64) {
+        if self.agents[agent].life == life && self.agents[agent].process.is_some() {
+            self.pump_agent(agent);
+            self.after(LOOK, Happening::Look { agent, life });
+        }
+    }
+
+    /// A new connection of an engine, if the agent runs.
+    pub fn accept(&mut self, engine: usize, agent: usize) -> Option<ConnId> {
+        let at = &self.agents[agent];
+        if at.process.is_none() || at.cut_off_until > self.now {
+            return None;
+        }
+        let id = self.next_conn;
+        self.next_conn += 1;
+        self.conns.insert(id, Conn::new(engine, agent, at.life));
+        Some(id)
+    }
+
+    pub fn agent_message(&mut self, id: ConnId, message: ToAgent) {
+        let now = self.now;
+        let (agent, life) = (self.conns[&id].agent, self.conns[&id].life);
+        let at = &mut self.agents[agent];
+        let Some(process) = at.process.as_mut().filter(|_| at.life == life) else { return };
+        let now = now - process.started;
+        match message {
+            ToAgent::Hello(hello) => process.replica.open_session(id, hello.engine, now),
+            other => process.replica.handle(now, id, other),
+        }
+        self.pump_agent(agent);
+    }
+
+    pub fn agent_session_lost(&mut self, agent: usize, life: u64, id: ConnId) {
+        let at = &mut self.agents[agent];
+        if let Some(process) = at.process.as_mut().filter(|_| at.life == life) {
+            process.replica.close_session(id);
+            self.pump_agent(agent);
+        }
+    }
+
+    /// Says what is to be said and begins what can be begun.
+    pub fn pump_agent(&mut self, index: usize) {
+        let now = self.now;
+        let Some(process) = &mut self.agents[index].process else { return };
+        let mut said = Vec::new();
+        while let Some(message) = process.replica.poll_outbox() {
+            said.push(message);
+        }
+        let mut begun = Vec::new();
+        while let Some(job) = process.next_job(now - process.started) {
+            process.next_job += 1;
+            process.jobs.insert(process.next_job, job);
+            begun.push(process.next_job);
+        }
+        process.check_no_conflict();
+        let poisoned = process.replica.condition() == Condition::Poisoned;
+        for (conn, message) in said {
+            let over = matches!(message, ToEngine::Refused(_));
+            self.send_to_engine(conn, &message);
+            if over {
+                self.close_from_agent(conn);
+            }
+        }
+        for job in begun {
+            let (delay, life) = (self.some_delay(), self.agents[index].life);
+            self.after(delay, Happening::Done { agent: index, life, job });
+        }
+        if self.agents[index].process.as_ref().is_some_and(|p| p.replica.is_closed()) {
+            self.trace(|| format!("a{index} closed in good order"));
+            self.end_process(index);
+        } else if poisoned && self.agents[index].starts_at.is_none() && self.wild {
+            // Somebody restarts it.
+            let delay = self.rng.within(50, 1500);
+            self.start_agent_after(index, ms(delay));
+            self.trace(|| format!("a{index} is poisoned"));
+        }
+    }
+
+    pub fn job_done(&mut self, index: usize, life: u64, job: u64) {
+        let agent = &mut self.agents[index];
+        let Some(process) = agent.process.as_mut().filter(|_| agent.life == life) else { return };
+        let Some(job) = process.jobs.remove(&job) else { return };
+        let now = self.now - process.started;
+        match job {
+            Job::Group(job) => {
+                let written = write_group(&agent.disk, &job).is_ok();
+                process.replica.group_done(written);
+            }
+            Job::Apply(job) => {
+                let outcome = apply(&process.image, &job);
+                process.replica.apply_done(now, outcome);
+            }
+            Job::Metadata(job) => {
+                let synced = if job.sync_image { process.image.sync() } else { Ok(()) };
+                let written = synced.and_then(|()| job.superblock.write(agent.disk.superblock.as_ref())).is_ok();
+                process.replica.metadata_done(now, &job, written);
+            }
+            Job::Read(job) => {
+                let outcome = process.image.read(job.range);
+                // After a failed sync blocks may be anything; nobody is answered any more.
+                if let ReadOutcome::ChecksumMismatch { offset } = outcome
+                    && process.replica.condition() != Condition::Poisoned
+                {
+                    assert!(
+                        agent.rotten.contains(&offset),
+                        "a{index}: block at {offset} is bad, and no bit was flipped"
+                    );
+                }
+                process.replica.read_done(job, outcome);
+            }
+            Job::Fetch(job) => process.replica.fetch_done(&job, fetch(&agent.disk, &job)),
+        }
+        self.pump_agent(index);
+    }
+
+    /// The process dies. What it was about to do is done, done in part, or not.
+    pub fn kill_agent(&mut self, index: usize, power_cut: bool) {
+        let Some(process) = self.agents[index].process.take() else { return };
+        self.trace(|| format!("a{index} dies{}", if power_cut { " in a power cut" } else { "" }));
+        for job in process.jobs.into_values() {
+            let fate = self.rng.below(3);
+            let writes = self.rng.below(12);
+            let disk = &self.agents[index].disk;
+            match job {
+                Job::Group(job) if power_cut && fate > 0 => disk.torn(|| drop(write_group(disk, &job))),
+                // A write that the process began is carried out even if nobody waits for it.
+                Job::Group(job) if fate > 0 => drop(write_group(disk, &job)),
+                Job::Apply(job) => {
+                    disk.cut_short(writes, || drop(apply(&process.image, &job)));
+                }
+                Job::Metadata(job) if fate > 0 => {
+                    let sync = || drop(job.sync_image.then(|| process.image.sync()));
+                    let write = || drop(job.superblock.write(disk.superblock.as_ref()));
+                    match (power_cut, fate) {
+                        (true, 1) => disk.torn(sync),
+                        (true, _) => {
+                            sync();
+                            disk.torn(write);
+                        }
+                        (false, 1) => sync(),
+                        (false, _) => {
+                            sync();
+                            write();
+                        }
+                    }
+                }
+                Job::Group(_) | Job::Metadata(_) | Job::Read(_) | Job::Fetch(_) => {}
+            }
+        }
+        if power_cut {
+            self.agents[index].disk.power_cut();
+        }
+        for conn in self.conns_of_agent(index) {
+            self.cut(conn, power_cut);
+        }
+        self.agents[index].stalled_until = self.now;
+    }
+
+    fn end_process(&mut self, index: usize) {
+        self.agents[index].process = None;
+        for conn in self.conns_of_agent(index) {
+            self.close_from_agent(conn);
+        }
+    }
+
+    /// Asks the agent to stop in good order.
+    pub fn close_agent(&mut self, index: usize) {
+        if let Some(process) = &mut self.agents[index].process {
+            process.replica.close();
+            self.pump_agent(index);
+        }
+    }
+
+    pub fn stall_agent(&mut self, index: usize, time: Duration) {
+        self.trace(|| format!("a{index} stands still for {time:?}"));
+        self.agents[index].stalled_until = self.now + time;
+    }
+}

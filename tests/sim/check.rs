@@ -1,0 +1,74 @@
+//! What must be true of the disks once everything is quiet: each replica is exactly the state that its log describes,
+//! members hold the same, and that is what clients were told.
+
+use listener_agent::disk::RawFile;
+use protocol::checksum::stored_block_checksum;
+use protocol::{BLOCK_BYTES, EpochHistory, RecordKind, Seq};
+
+use crate::wild::{position, size};
+use crate::world::{World, replica_name};
+
+/// Whether every member of the engine's view has applied everything.
+pub fn is_quiet(world: &World, engine: usize) -> bool {
+    let now = world.engines[engine].volume.snapshot(world.now);
+    (0..world.agents.len()).filter(|a| now.view.contains(&replica_name(*a))).all(|a| {
+        let Some(process) = &world.agents[a].process else { return false };
+        process.replica.durable().seq == now.seq && process.replica.applied() == process.replica.durable()
+    })
+}
+
+/// The image after the records up to `last` of the log with this history.
+fn image_of(world: &World, history: &EpochHistory, last: Seq) -> Vec<u8> {
+    let mut image = vec![0; size(world)];
+    for seq in (1..=last.0).map(Seq) {
+        let at = position(history, seq);
+        let record = &world.records.get(&(at.epoch.0, at.seq.0));
+        let record = record.unwrap_or_else(|| panic!("the log holds {at}, which nobody sent"));
+        let range = record.header.offset as usize..(record.header.offset + record.header.length) as usize;
+        match record.header.kind {
+            RecordKind::Write => image[range].copy_from_slice(&record.payload),
+            RecordKind::Trim | RecordKind::WriteZeroes => image[range].fill(0),
+            RecordKind::EpochStart | RecordKind::ViewChange => {}
+        }
+    }
+    image
+}
+
+/// Compares every image with its log, and those of members with what clients know.
+pub fn images(world: &mut World) {
+    let engine = world.engines.len() - 1;
+    let now = world.engines[engine].volume.snapshot(world.now);
+    let everyone: Vec<usize> = (0..world.agents.len()).collect();
+    let is_member = |agent: &usize| now.view.contains(&replica_name(*agent));
+    // A replica that was dropped may have more to apply yet.
+    let applied =
+        |w: &World| everyone.iter().all(|a| w.agents[*a].replica().applied() == w.agents[*a].replica().durable());
+    assert!(world.run_until(world.setup.slowest * 2000, applied), "what is durable is not applied");
+    let truth = everyone.iter().copied().find(is_member).expect("a view is never empty");
+    let history = world.agents[truth].replica().superblock().history.clone();
+    let end = world.agents[truth].replica().durable();
+    for agent in everyone.iter().copied() {
+        let replica = world.agents[agent].replica();
+        let (own, own_end) = (replica.superblock().history.clone(), replica.durable());
+        let expected = image_of(world, &own, own_end.seq);
+        compare(world, agent, &expected);
+        if is_member(&agent) {
+            assert_eq!((own_end, &own), (end, &history), "members hold the same log");
+            world.oracle.check_image(&expected);
+        }
+    }
+}
+
+fn compare(world: &World, agent: usize, expected: &[u8]) {
+    let at = &world.agents[agent];
+    let found = at.disk.image.content();
+    let mut stored = vec![0; found.len() / BLOCK_BYTES as usize * 4];
+    at.disk.checksums.read_at(0, &mut stored).unwrap();
+    let blocks = found.chunks_exact(BLOCK_BYTES as usize).zip(expected.chunks_exact(BLOCK_BYTES as usize));
+    for (index, ((found, expected), stored)) in blocks.zip(stored.as_chunks().0).enumerate() {
+        let matches = u32::from_le_bytes(*stored) == stored_block_checksum(found);
+        let rotten = at.rotten.contains(&(index as u64 * BLOCK_BYTES));
+        assert!(matches || rotten, "a{agent}: block {index} does not match its checksum");
+        assert!(found == expected || (rotten && !matches), "a{agent}: block {index} is not what its log says");
+    }
+}

@@ -1,0 +1,258 @@
+//! A simulated disk: four files, each with what is durable and what only the page cache holds. It loses, keeps or tears
+//! what was not made durable sector by sector, and fails where it is told to.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use listener_agent::directory::{NewReplica, first_superblock};
+use listener_agent::disk::{RawFile, ReplicaFiles};
+use listener_agent::image::checksum_file_bytes;
+use listener_agent::{journal, superblock};
+
+use crate::rng::Rng;
+
+/// The unit that a disk writes as a whole, bytes.
+pub const SECTOR: usize = 512;
+
+/// What goes wrong, for all files of a disk.
+#[derive(Debug)]
+struct Faults {
+    rng: Rng,
+    /// The image has no room.
+    full: bool,
+    /// The next durable write, or sync, fails.
+    fail_next: bool,
+    /// Durable writes are cut off: the machine dies.
+    torn: bool,
+    /// The process dies after so many more writes; the last of them is cut short.
+    writes_left: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Bytes {
+    durable: Vec<u8>,
+    cached: Vec<u8>,
+    dirty: BTreeSet<usize>,
+}
+
+/// A file of the disk.
+#[derive(Debug)]
+pub struct SimFile {
+    bytes: Mutex<Bytes>,
+    faults: Arc<Mutex<Faults>>,
+    can_be_full: bool,
+}
+
+fn broken() -> io::Error {
+    io::Error::other("injected I/O error")
+}
+
+impl SimFile {
+    fn new(length: usize, faults: &Arc<Mutex<Faults>>, can_be_full: bool) -> Arc<SimFile> {
+        let bytes = Bytes { durable: vec![0; length], cached: vec![0; length], dirty: BTreeSet::new() };
+        Arc::new(SimFile { bytes: Mutex::new(bytes), faults: faults.clone(), can_be_full })
+    }
+
+    fn lock(&self) -> (MutexGuard<'_, Faults>, MutexGuard<'_, Bytes>) {
+        (self.faults.lock().unwrap(), self.bytes.lock().unwrap())
+    }
+
+    /// The bytes as a reader would see them.
+    pub fn content(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().cached.clone()
+    }
+
+    /// Changes a byte behind everybody's back.
+    pub fn rot(&self, offset: usize) {
+        let mut bytes = self.bytes.lock().unwrap();
+        bytes.durable[offset] ^= 0x40;
+        bytes.cached[offset] ^= 0x40;
+    }
+
+    fn power_cut(&self, keep_percent: u64) {
+        let (mut faults, mut bytes) = self.lock();
+        for sector in std::mem::take(&mut bytes.dirty) {
+            if faults.rng.percent(keep_percent) {
+                bytes.settle(sector);
+            } else {
+                bytes.lose(sector);
+            }
+        }
+    }
+}
+
+impl Bytes {
+    fn settle(&mut self, sector: usize) {
+        let at = sector * SECTOR..(sector + 1) * SECTOR;
+        self.durable[at.clone()].copy_from_slice(&self.cached[at]);
+    }
+
+    fn lose(&mut self, sector: usize) {
+        let at = sector * SECTOR..(sector + 1) * SECTOR;
+        self.cached[at.clone()].copy_from_slice(&self.durable[at]);
+    }
+
+    fn put(&mut self, offset: usize, data: &[u8], rng: &mut Rng) {
+        if data.is_empty() {
+            return;
+        }
+        for sector in offset / SECTOR..=(offset + data.len() - 1) / SECTOR {
+            // The system may have written the earlier version back at any time.
+            if !self.dirty.insert(sector) && rng.percent(30) {
+                self.settle(sector);
+            }
+        }
+        self.cached[offset..offset + data.len()].copy_from_slice(data);
+    }
+}
+
+impl RawFile for SimFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let bytes = self.bytes.lock().unwrap();
+        let at = offset as usize;
+        let found = bytes.cached.get(at..at + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(found);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let (mut faults, mut bytes) = self.lock();
+        let Faults { rng, full, writes_left, .. } = &mut *faults;
+        let mut outcome = Ok(());
+        let mut length = data.len();
+        if *full && self.can_be_full {
+            outcome = Err(io::ErrorKind::StorageFull.into());
+            length = rng.below(data.len() as u64 + 1) as usize;
+        }
+        if let Some(left) = writes_left {
+            match *left {
+                0 => return Err(broken()),
+                1 => {
+                    length = rng.below(data.len() as u64 + 1) as usize;
+                    outcome = Err(broken());
+                }
+                _ => {}
+            }
+            *left -= 1;
+        }
+        bytes.put(offset as usize, &data[..length], rng);
+        outcome
+    }
+
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        assert!(offset.is_multiple_of(4096) && data.len().is_multiple_of(4096), "direct I/O goes by blocks");
+        assert!(data.as_ptr().addr().is_multiple_of(4096), "direct I/O wants aligned memory");
+        let (mut faults, mut bytes) = self.lock();
+        let fails = std::mem::take(&mut faults.fail_next) || faults.torn;
+        let percent = if fails { faults.rng.pick(&[0, 20, 50, 80, 100]) } else { 100 };
+        for (index, sector) in data.chunks_exact(SECTOR).enumerate() {
+            if faults.rng.percent(percent) {
+                let at = offset as usize + index * SECTOR;
+                bytes.durable[at..at + SECTOR].copy_from_slice(sector);
+                bytes.cached[at..at + SECTOR].copy_from_slice(sector);
+            }
+        }
+        if fails { Err(broken()) } else { Ok(()) }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let (mut faults, mut bytes) = self.lock();
+        let fails = std::mem::take(&mut faults.fail_next) || faults.torn;
+        for sector in std::mem::take(&mut bytes.dirty) {
+            // After a failed sync a page may be durable, thrown away, or be tried again.
+            match if fails { faults.rng.below(3) } else { 0 } {
+                0 => bytes.settle(sector),
+                1 => bytes.lose(sector),
+                _ => {
+                    bytes.dirty.insert(sector);
+                }
+            }
+        }
+        if fails { Err(broken()) } else { Ok(()) }
+    }
+
+    fn zero_range(&self, offset: u64, length: u64, _keep_allocated: bool) -> io::Result<()> {
+        self.write_at(offset, &vec![0; length as usize])
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().unwrap().cached.len() as u64)
+    }
+}
+
+/// The files of a replica.
+#[derive(Debug)]
+pub struct Disk {
+    faults: Arc<Mutex<Faults>>,
+    pub superblock: Arc<SimFile>,
+    pub journal: Arc<SimFile>,
+    pub image: Arc<SimFile>,
+    pub checksums: Arc<SimFile>,
+}
+
+impl Disk {
+    /// A disk with a new replica on it, in the form that `directory::create` gives it.
+    pub fn format(new: &NewReplica, rng: Rng) -> Disk {
+        let faults = Faults { rng, full: false, fail_next: false, torn: false, writes_left: None };
+        let faults = Arc::new(Mutex::new(faults));
+        let identity = &new.identity;
+        let checksum_bytes = checksum_file_bytes(identity.size_bytes).next_multiple_of(SECTOR as u64);
+        let disk = Disk {
+            superblock: SimFile::new(superblock::FILE_BYTES as usize, &faults, false),
+            journal: SimFile::new(identity.journal_bytes as usize, &faults, false),
+            image: SimFile::new(identity.size_bytes as usize, &faults, true),
+            checksums: SimFile::new(checksum_bytes as usize, &faults, true),
+            faults,
+        };
+        let header = journal::encode_header(identity.uuid);
+        disk.journal.write_durable_at(0, header.as_slice()).unwrap();
+        first_superblock(new).write(disk.superblock.as_ref()).unwrap();
+        disk
+    }
+
+    pub fn files(&self) -> ReplicaFiles {
+        ReplicaFiles {
+            superblock: self.superblock.clone(),
+            journal: self.journal.clone(),
+            image: self.image.clone(),
+            checksums: self.checksums.clone(),
+        }
+    }
+
+    pub fn set_full(&self, full: bool) {
+        self.faults.lock().unwrap().full = full;
+    }
+
+    pub fn fail_next(&self) {
+        self.faults.lock().unwrap().fail_next = true;
+    }
+
+    /// Does `work` on a machine that dies in its midst.
+    pub fn torn(&self, work: impl FnOnce()) {
+        self.faults.lock().unwrap().torn = true;
+        work();
+        self.faults.lock().unwrap().torn = false;
+    }
+
+    /// Does `work` in a process that dies after `writes` writes.
+    pub fn cut_short(&self, writes: u64, work: impl FnOnce()) {
+        self.faults.lock().unwrap().writes_left = Some(writes);
+        work();
+        self.faults.lock().unwrap().writes_left = None;
+    }
+
+    /// The machine dies: what was not made durable is lost or not.
+    pub fn power_cut(&self) {
+        let keep = self.faults.lock().unwrap().rng.pick(&[0, 30, 50, 90]);
+        for file in [&self.superblock, &self.journal, &self.image, &self.checksums] {
+            file.power_cut(keep);
+        }
+    }
+
+    /// Takes back faults that are still to come.
+    pub fn heal(&self) {
+        let mut faults = self.faults.lock().unwrap();
+        (faults.full, faults.fail_next) = (false, false);
+    }
+}

@@ -1,0 +1,364 @@
+//! Engines as the runtime drives them, each with a client of its own that keeps requests under way.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nbdcast::volume::{Event, Failure, ReadSpread, Request, Volume, VolumeSettings, Zeroing};
+use protocol::ranges::ByteRange;
+use protocol::{ToAgent, ToEngine};
+
+use crate::disk::SECTOR;
+use crate::net::ConnId;
+use crate::oracle::{Token, payload};
+use crate::world::{Happening, Setup, Time, World, ms, replica_name};
+
+/// How often an engine looks at the clock.
+const TICK: Duration = ms(5);
+
+pub struct Engine {
+    pub volume: Volume<Token>,
+    started: Time,
+    pub alive: bool,
+    pub frozen_until: Time,
+    conns: Vec<Option<ConnId>>,
+    /// Its epoch, once it serves.
+    pub reign: Option<u64>,
+    /// What the client waits for.
+    outstanding: BTreeMap<Token, Asked>,
+    pub answers: BTreeMap<Token, Result<Bytes, Failure>>,
+    depth: usize,
+    stopping: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Read,
+    Write,
+    Flush,
+}
+
+impl Engine {
+    pub fn is_serving(&self) -> bool {
+        self.alive && self.reign.is_some()
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.outstanding.is_empty()
+    }
+}
+
+fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
+    VolumeSettings {
+        name: "vol".parse().unwrap(),
+        size_bytes: setup.size_bytes,
+        replicas: (0..setup.replicas).map(replica_name).collect(),
+        ack_write: setup.ack_write,
+        ack_flush: setup.ack_flush,
+        read: if setup.multicast { ReadSpread::Multicast } else { ReadSpread::Adaptive },
+        lag_bytes_max: setup.lag_bytes_max,
+        lag_max: setup.lag_max,
+        throttle: setup.throttle,
+        min_replicas: setup.min_replicas,
+        freeze: setup.freeze,
+        lease: setup.lease,
+        start_timeout: ms(20_000),
+        take_over,
+        engine: [engine as u8 + 1; 16],
+    }
+}
+
+impl World {
+    pub fn start_engine(&mut self, take_over: bool) -> usize {
+        let index = self.engines.len();
+        self.trace(|| format!("e{index} starts{}", if take_over { " to take over" } else { "" }));
+        let volume = Volume::new(settings(&self.setup, index, take_over), Time::ZERO);
+        self.engines.push(Engine {
+            volume,
+            started: self.now,
+            alive: true,
+            frozen_until: Time::ZERO,
+            conns: vec![None; self.setup.replicas],
+            reign: None,
+            outstanding: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            depth: self.setup.depth,
+            stopping: false,
+        });
+        for peer in 0..self.setup.replicas {
+            self.redial(index, peer);
+        }
+        self.after(TICK, Happening::Tick { engine: index });
+        index
+    }
+
+    fn engine_now(&self, index: usize) -> Time {
+        self.now - self.engines[index].started
+    }
+
+    fn redial(&mut self, engine: usize, peer: usize) {
+        let delay = self.rng.within(1, 20);
+        self.after(ms(delay), Happening::Dial { engine, peer });
+    }
+
+    pub fn dial(&mut self, engine: usize, peer: usize) {
+        if !self.engines[engine].alive || self.engines[engine].conns[peer].is_some() {
+            return;
+        }
+        let now = self.engine_now(engine);
+        if let Some(conn) = self.accept(engine, peer) {
+            self.engines[engine].conns[peer] = Some(conn);
+            self.engines[engine].volume.peer_connected(peer);
+        } else {
+            self.engines[engine].volume.peer_disconnected(now, peer, "connection refused".to_owned());
+            self.redial(engine, peer);
+        }
+        self.pump_engine(engine);
+    }
+
+    pub fn engine_connection_lost(&mut self, engine: usize, peer: usize, conn: ConnId) {
+        let now = self.engine_now(engine);
+        let at = &mut self.engines[engine];
+        if !at.alive || at.conns[peer] != Some(conn) {
+            return;
+        }
+        at.conns[peer] = None;
+        at.volume.peer_disconnected(now, peer, "connection lost".to_owned());
+        self.redial(engine, peer);
+        self.pump_engine(engine);
+    }
+
+    pub fn engine_message(&mut self, conn: ConnId, message: ToEngine) {
+        let (engine, peer) = (self.conns[&conn].engine, self.conns[&conn].agent);
+        let now = self.engine_now(engine);
+        let at = &mut self.engines[engine];
+        if at.alive && at.conns[peer] == Some(conn) {
+            at.volume.peer_message(now, peer, message);
+            self.pump_engine(engine);
+        }
+    }
+
+    pub fn tick(&mut self, engine: usize) {
+        if self.engines[engine].alive {
+            let now = self.engine_now(engine);
+            self.engines[engine].volume.tick(now);
+            self.pump_engine(engine);
+            self.after(TICK, Happening::Tick { engine });
+        }
+    }
+
+    /// Deals with what the volume wants, and sends what there is to send.
+    pub fn pump_engine(&mut self, engine: usize) {
+        while let Some(event) = self.engines[engine].volume.poll_event() {
+            self.engine_event(engine, event);
+        }
+        if !self.engines[engine].alive {
+            return;
+        }
+        for peer in 0..self.setup.replicas {
+            let Some(conn) = self.engines[engine].conns[peer] else { continue };
+            while self.conns.get(&conn).is_some_and(|c| !c.is_congested())
+                && self.engines[engine].volume.has_outbox(peer)
+            {
+                for message in self.engines[engine].volume.take_outbox(peer, 16 << 10) {
+                    self.note_record(&message);
+                    self.send_to_agent(conn, &message);
+                }
+            }
+        }
+    }
+
+    /// No place of an epoch is ever given out twice.
+    fn note_record(&mut self, message: &ToAgent) {
+        let ToAgent::Append(record) = message else { return };
+        let position = record.header.position();
+        let known = self.records.entry((position.epoch.0, position.seq.0)).or_insert_with(|| record.clone());
+        assert!(known == record, "two records have the position {position}");
+    }
+
+    fn engine_event(&mut self, engine: usize, event: Event<Token>) {
+        match event {
+            Event::Completed(token, outcome) => self.completed(engine, token, outcome),
+            Event::Serving => {
+                let reign = self.engines[engine].volume.snapshot(self.engine_now(engine)).epoch.0;
+                self.oracle.begin_reign(reign);
+                self.trace(|| format!("e{engine} serves in epoch {reign}"));
+                self.engines[engine].reign = Some(reign);
+                self.after(ms(1), Happening::Client { engine });
+            }
+            Event::StartRefused(refusal) => {
+                self.trace(|| format!("e{engine} does not start: {refusal}"));
+                self.refusals.push(refusal);
+                self.kill_engine(engine);
+            }
+            Event::Fenced { promised, replica } => {
+                self.trace(|| format!("e{engine} is fenced by {promised} at {replica}"));
+                self.kill_engine(engine);
+            }
+            Event::Disconnect(peer) => {
+                if let Some(conn) = self.engines[engine].conns[peer].take() {
+                    self.trace(|| format!("e{engine} disconnects a{peer}"));
+                    self.close_from_engine(conn);
+                    self.redial(engine, peer);
+                }
+            }
+            Event::Notice(notice) => {
+                self.trace(|| format!("e{engine}: {notice:?}"));
+                self.notices.push(notice);
+            }
+        }
+    }
+
+    /// The engine's process is gone.
+    pub fn kill_engine(&mut self, engine: usize) {
+        // What it said before it died counts.
+        while let Some(event) = self.engines[engine].volume.poll_event() {
+            if let Event::Completed(token, outcome) = event {
+                self.completed(engine, token, outcome);
+            }
+        }
+        let at = &mut self.engines[engine];
+        if !std::mem::take(&mut at.alive) {
+            return;
+        }
+        for (token, asked) in std::mem::take(&mut at.outstanding) {
+            if asked == Asked::Read {
+                self.oracle.fail_read(token);
+            }
+        }
+        let conns: Vec<ConnId> = at.conns.iter_mut().filter_map(Option::take).collect();
+        self.trace(|| format!("e{engine} is gone"));
+        for conn in conns {
+            self.close_from_engine(conn);
+        }
+        if self.wild && self.engines.iter().all(|e| !e.alive) {
+            let (delay, take_over) = (self.rng.within(1, 300), self.rng.percent(50));
+            self.after(ms(delay), Happening::StartEngine { take_over });
+        }
+    }
+
+    pub fn freeze_engine(&mut self, engine: usize, time: Duration) {
+        self.trace(|| format!("e{engine} freezes for {time:?}"));
+        self.engines[engine].frozen_until = self.now + time;
+    }
+
+    /// Asks the engine to stop in good order.
+    pub fn stop_engine(&mut self, engine: usize) {
+        self.engines[engine].volume.stop();
+        self.engines[engine].stopping = true;
+        self.after(ms(200), Happening::Goodbye { engine });
+    }
+
+    pub fn goodbye(&mut self, engine: usize) {
+        if self.engines[engine].alive {
+            self.trace(|| format!("e{engine} says goodbye"));
+            self.engines[engine].volume.goodbye();
+            self.pump_engine(engine);
+            self.after(ms(20), Happening::KillEngine { engine });
+        }
+    }
+
+    // ---- clients -----------------------------------------------------------------------------------------------
+
+    fn completed(&mut self, engine: usize, token: Token, outcome: Result<Bytes, Failure>) {
+        let Some(asked) = self.engines[engine].outstanding.remove(&token) else { return };
+        self.trace(|| match &outcome {
+            Ok(_) => format!("e{engine} {asked:?} {token} is answered"),
+            Err(e) => format!("e{engine} {asked:?} {token} fails: {e:?}"),
+        });
+        match (asked, &outcome) {
+            (Asked::Read, Ok(data)) => self.oracle.answer_read(token, data),
+            (Asked::Read, Err(_)) => self.oracle.fail_read(token),
+            (Asked::Write, Ok(_)) => self.oracle.acknowledge_write(token),
+            (Asked::Write, Err(_)) | (Asked::Flush, _) => {}
+        }
+        if self.setup.depth == 0 || self.engines[engine].depth == 0 {
+            self.engines[engine].answers.insert(token, outcome);
+        }
+    }
+
+    fn submit(&mut self, engine: usize, asked: Asked, make: impl FnOnce(&mut World, Token) -> Request) -> Token {
+        let token = self.next_token;
+        self.next_token += 1;
+        let request = make(self, token);
+        let now = self.engine_now(engine);
+        self.engines[engine].outstanding.insert(token, asked);
+        self.trace(|| format!("e{engine} {asked:?} {token} {}", self.oracle.describe(token)));
+        self.engines[engine].volume.submit(now, token, request);
+        self.pump_engine(engine);
+        token
+    }
+
+    /// Writes `count` sectors from `first` on.
+    pub fn write(&mut self, engine: usize, first: usize, count: usize, fua: bool) -> Token {
+        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
+        self.submit(engine, Asked::Write, |world, token| {
+            world.oracle.submit_write(token, reign, first, count, false);
+            Request::Write { offset: (first * SECTOR) as u64, data: payload(token, first, count), fua }
+        })
+    }
+
+    pub fn zero(&mut self, engine: usize, first: usize, count: usize, how: Zeroing, fua: bool) -> Token {
+        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
+        self.submit(engine, Asked::Write, |world, token| {
+            world.oracle.submit_write(token, reign, first, count, true);
+            Request::Zero { range: range(first, count), how, fua }
+        })
+    }
+
+    pub fn read(&mut self, engine: usize, first: usize, count: usize) -> Token {
+        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
+        self.submit(engine, Asked::Read, |world, token| {
+            world.oracle.submit_read(token, reign, first, count);
+            Request::Read(range(first, count))
+        })
+    }
+
+    pub fn flush(&mut self, engine: usize) -> Token {
+        self.submit(engine, Asked::Flush, |_, _| Request::Flush)
+    }
+
+    /// The client of a wild engine asks for something.
+    pub fn client(&mut self, engine: usize) {
+        let at = &self.engines[engine];
+        if !at.alive || at.depth == 0 {
+            return;
+        }
+        let wanted = self.rng.within(1, 4) as usize;
+        for _ in 0..wanted.min(at.depth.saturating_sub(at.outstanding.len())) {
+            if self.engines[engine].alive {
+                self.ask_something(engine);
+            }
+        }
+        let pause = self.rng.within(1, 15);
+        self.after(ms(pause), Happening::Client { engine });
+    }
+
+    fn ask_something(&mut self, engine: usize) {
+        let sectors = self.oracle.sectors() as u64;
+        let unit = if self.setup.whole_blocks { 8 } else { self.rng.pick(&[1, 1, 4, 8]) };
+        let longest = self.rng.pick(&[8, 16, 40, 64]) / unit;
+        let count = (self.rng.within(1, longest.max(1)) * unit).min(sectors);
+        let first = self.rng.below((sectors - count) / unit + 1) * unit;
+        let (first, count) = (first as usize, count as usize);
+        let fua = self.rng.percent(10);
+        match self.rng.below(100) {
+            0..50 => drop(self.write(engine, first, count, fua)),
+            50..60 => {
+                let how = self.rng.pick(&[Zeroing::Trim, Zeroing::Zero, Zeroing::ZeroKeepAllocated]);
+                drop(self.zero(engine, first, count, how, fua));
+            }
+            60..95 => drop(self.read(engine, first, count)),
+            _ => drop(self.flush(engine)),
+        }
+    }
+
+    /// The client asks for nothing more.
+    pub fn hush(&mut self, engine: usize) {
+        self.engines[engine].depth = 0;
+    }
+}
+
+fn range(first: usize, count: usize) -> ByteRange {
+    ByteRange { offset: (first * SECTOR) as u64, length: (count * SECTOR) as u64 }
+}

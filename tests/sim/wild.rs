@@ -1,0 +1,199 @@
+//! Random runs: faults while clients work, then healing, and what must be true after it.
+
+use std::time::Duration;
+
+use nbdcast::volume::{Failure, Notice};
+use protocol::{AckPolicy, Epoch, Position, Seq};
+
+use crate::check;
+use crate::disk::SECTOR;
+use crate::rng::Rng;
+use crate::world::{Happening, Setup, Time, World, ms};
+
+/// A world drawn from a seed.
+pub fn setup(seed: u64) -> Setup {
+    let mut rng = Rng::new(seed ^ 0x5eed);
+    let journal_bytes = rng.pick(&[128 << 10, 192 << 10, 256 << 10, 1 << 20]);
+    let ack_write = rng.pick(&[AckPolicy::First, AckPolicy::First, AckPolicy::Majority, AckPolicy::All]);
+    let ack_flush = if rng.percent(70) { ack_write } else { rng.pick(&[AckPolicy::Majority, AckPolicy::All]) };
+    let replicas = rng.pick(&[1, 2, 2, 3, 3, 3, 3, 4]);
+    Setup {
+        seed,
+        replicas,
+        size_bytes: rng.pick(&[64 << 10, 128 << 10, 256 << 10]),
+        journal_bytes,
+        ack_write,
+        ack_flush,
+        multicast: rng.percent(40),
+        lag_bytes_max: rng.pick(&[journal_bytes / 8, journal_bytes / 4, journal_bytes / 2]),
+        lag_max: ms(rng.pick(&[200, 1000, 5000])),
+        throttle: rng.percent(30),
+        min_replicas: if rng.percent(20) { 2.min(replicas) } else { 1 },
+        freeze: ms(rng.pick(&[500, 2000, 10_000])),
+        lease: ms(rng.pick(&[50, 300, 1000])),
+        slowest: ms(rng.pick(&[1, 5, 20, 60])),
+        whole_blocks: rng.percent(30),
+        depth: rng.pick(&[2, 8, 24]),
+    }
+}
+
+/// Runs one seed: a safety phase with faults, then healing, then everything is compared.
+pub fn run(seed: u64) -> World {
+    let mut world = World::new(setup(seed));
+    world.wild = true;
+    let time = ms(world.rng.pick(&[1000, 4000, 10_000]));
+    world.after(ms(1), Happening::StartEngine { take_over: false });
+    world.after(ms(50), Happening::Fault);
+    world.run_for(time);
+    heal(&mut world);
+    live(&mut world);
+    check::images(&mut world);
+    world
+}
+
+/// Stops all faults: every agent runs, every engine is gone.
+fn heal(world: &mut World) {
+    world.trace(|| "everything heals".to_owned());
+    world.wild = false;
+    world
+        .agenda
+        .retain(|_, h| !matches!(h, Happening::Fault | Happening::StartEngine { .. } | Happening::StartAgent { .. }));
+    for engine in 0..world.engines.len() {
+        world.kill_engine(engine);
+    }
+    for agent in 0..world.agents.len() {
+        let at = &mut world.agents[agent];
+        at.disk.heal();
+        (at.stalled_until, at.cut_off_until) = (Time::ZERO, Time::ZERO);
+        world.start_agent(agent);
+    }
+    // What stood still goes on within this time; agents that were asked to stop do so and come back.
+    world.run_for(ms(4000));
+    (0..world.agents.len()).for_each(|agent| world.start_agent(agent));
+}
+
+/// A new engine must serve soon, and answer everything.
+fn live(world: &mut World) {
+    // What happens with too few replicas is settled by the number alone.
+    world.setup.min_replicas = 1;
+    world.setup.freeze = Duration::from_secs(3600);
+    world.setup.depth = 0;
+    let engine = world.start_engine(true);
+    let slow = world.setup.slowest * 2000;
+    let served = world.run_until(ms(5000) + world.setup.lease * 2 + slow, |w| w.engines[engine].is_serving());
+    assert!(served, "a new engine does not serve though everything is up: {:?}", world.refusals.last());
+    let sectors = world.oracle.sectors();
+    for chunk in 0..sectors / 16 {
+        world.read(engine, chunk * 16, 16);
+    }
+    for _ in 0..50 {
+        let (first, fua) = (world.rng.below(sectors as u64) as usize, world.rng.percent(20));
+        let count = (world.rng.within(1, 20) as usize).min(sectors - first);
+        world.write(engine, first, count, fua);
+        world.run_for(ms(1));
+    }
+    world.flush(engine);
+    let limit = world.setup.lag_max * 4 + ms(10_000) + slow;
+    let answered = world.run_until(limit, |w| w.engines[engine].is_idle());
+    assert!(answered, "requests are not answered though everything is up");
+    let failed = world.engines[engine].answers.values().find(|a| a.is_err());
+    assert!(failed.is_none_or(|f| *f == Err(Failure::Io) && rotten(world)), "a request fails: {failed:?}");
+    world.read(engine, 0, sectors);
+    let quiet = world.run_until(limit, |w| w.engines[engine].is_idle() && check::is_quiet(w, engine));
+    assert!(quiet, "replicas do not catch up though everything is up");
+}
+
+fn rotten(world: &World) -> bool {
+    world.agents.iter().any(|a| !a.rotten.is_empty())
+}
+
+impl World {
+    /// Something goes wrong, and the next thing is planned.
+    pub fn draw_fault(&mut self) {
+        let pause = self.rng.pick(&[30, 100, 300, 900]);
+        self.after(ms(pause), Happening::Fault);
+        let agent = self.rng.below(self.agents.len() as u64) as usize;
+        let time = ms(self.rng.pick(&[10, 60, 200, 600, 1500, 3000]));
+        match self.rng.below(100) {
+            0..12 => self.crash(agent, false, time),
+            12..20 => self.crash(agent, true, time),
+            20..23 => (0..self.agents.len()).for_each(|a| self.crash(a, true, time)),
+            23..33 => self.stall_agent(agent, time),
+            33..43 => self.cut_off(agent, time),
+            43..53 => {
+                let conns = self.conns_of_agent(agent);
+                if !conns.is_empty() {
+                    let conn = self.rng.pick(&conns);
+                    self.cut(conn, false);
+                }
+            }
+            53..57 => {
+                self.close_agent(agent);
+                self.start_agent_after(agent, time + ms(50));
+            }
+            57..61 => {
+                self.trace(|| format!("a{agent}: the next durable write fails"));
+                self.agents[agent].disk.fail_next();
+            }
+            61..65 => self.fill(agent, true),
+            65..70 => (0..self.agents.len()).for_each(|a| self.fill(a, false)),
+            70..72 => (0..self.agents.len()).for_each(|a| self.fill(a, true)),
+            72..75 if self.setup.whole_blocks => self.flip_a_bit(agent),
+            _ => self.draw_engine_fault(time),
+        }
+    }
+
+    fn draw_engine_fault(&mut self, time: Duration) {
+        let alive: Vec<usize> = (0..self.engines.len()).filter(|e| self.engines[*e].alive).collect();
+        if alive.is_empty() {
+            return;
+        }
+        let engine = self.rng.pick(&alive);
+        match self.rng.below(5) {
+            0 | 1 => self.kill_engine(engine),
+            2 => self.freeze_engine(engine, time),
+            3 if alive.len() < 3 => {
+                if self.rng.percent(50) {
+                    self.freeze_engine(engine, time);
+                }
+                self.start_engine(true);
+            }
+            _ => self.stop_engine(engine),
+        }
+    }
+
+    fn crash(&mut self, agent: usize, power_cut: bool, time: Duration) {
+        if self.agents[agent].process.is_some() {
+            self.kill_agent(agent, power_cut);
+            self.start_agent_after(agent, time);
+        }
+    }
+
+    fn fill(&mut self, agent: usize, full: bool) {
+        self.trace(|| format!("a{agent}: its disk is {}", if full { "full" } else { "not full" }));
+        self.agents[agent].disk.set_full(full);
+    }
+
+    fn flip_a_bit(&mut self, agent: usize) {
+        let block = self.rng.below(self.setup.size_bytes / 4096) * 4096;
+        let offset = block + self.rng.below(4096);
+        self.trace(|| format!("a{agent}: a bit of byte {offset} flips"));
+        self.agents[agent].disk.image.rot(offset as usize);
+        self.agents[agent].rotten.push(block);
+    }
+}
+
+/// Whether the oracle and the story of a run mention a drop of a replica.
+pub fn drops(world: &World) -> usize {
+    world.notices.iter().filter(|n| matches!(n, Notice::Dropping { .. })).count()
+}
+
+/// The last record of a log with this history up to `seq`.
+pub fn position(history: &protocol::EpochHistory, seq: Seq) -> Position {
+    Position { epoch: history.epoch_at(seq).unwrap_or(Epoch(0)), seq }
+}
+
+/// Bytes of the volume.
+pub fn size(world: &World) -> usize {
+    world.oracle.sectors() * SECTOR
+}
