@@ -187,8 +187,10 @@ impl AgentServer {
         };
         let replicas = self.replicas.clone();
         sessions.spawn(async move {
-            if let Err(e) = converse(&replicas, FrameReader::new(reader), writer, permit).await {
-                debug!("session with {from} ended: {e}");
+            match converse(&replicas, FrameReader::new(reader), writer, permit).await {
+                Ok(()) => debug!("session with {from} ended"),
+                Err(e @ (ConnectionError::Closed | ConnectionError::Io(_))) => debug!("session with {from} ended: {e}"),
+                Err(e @ ConnectionError::Wire(_)) => warn!("closed the session with {from}: {e}"),
             }
         });
     }
