@@ -92,15 +92,9 @@ impl AdminServer {
         let bind = async {
             let listener = TcpListener::bind((host.as_str(), *port)).await?;
             let local_address = listener.local_addr()?;
-            Ok(AdminServer {
-                listener,
-                local_address,
-            })
+            Ok(AdminServer { listener, local_address })
         };
-        bind.await.map_err(|source| AdminError::Bind {
-            address: address.clone(),
-            source,
-        })
+        bind.await.map_err(|source| AdminError::Bind { address: address.clone(), source })
     }
 
     /// Where it listens, with the real port.
@@ -191,11 +185,7 @@ struct Answer {
 
 impl Answer {
     fn text(code: StatusCode, body: String) -> Answer {
-        Answer {
-            code,
-            content_type: "text/plain; charset=utf-8",
-            body,
-        }
+        Answer { code, content_type: "text/plain; charset=utf-8", body }
     }
 
     fn into_response(self) -> Response<Full<Bytes>> {
@@ -210,11 +200,7 @@ impl Answer {
 
 fn status(source: &dyn StatusSource) -> Answer {
     match serde_json::to_string(&source.status()) {
-        Ok(body) => Answer {
-            code: StatusCode::OK,
-            content_type: "application/json",
-            body,
-        },
+        Ok(body) => Answer { code: StatusCode::OK, content_type: "application/json", body },
         Err(error) => {
             let text = format!("the status cannot be written: {error}\n");
             Answer::text(StatusCode::INTERNAL_SERVER_ERROR, text)
@@ -224,11 +210,7 @@ fn status(source: &dyn StatusSource) -> Answer {
 
 fn metrics(source: &dyn StatusSource) -> Answer {
     match metrics::render(&source.status()) {
-        Ok(body) => Answer {
-            code: StatusCode::OK,
-            content_type: metrics::CONTENT_TYPE,
-            body,
-        },
+        Ok(body) => Answer { code: StatusCode::OK, content_type: metrics::CONTENT_TYPE, body },
         Err(error) => {
             let text = format!("the metrics cannot be written: {error}\n");
             Answer::text(StatusCode::INTERNAL_SERVER_ERROR, text)

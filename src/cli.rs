@@ -126,26 +126,17 @@ async fn create(args: CreateArgs) -> Result<(), Failure> {
     {
         let names: Vec<&str> = config.volumes.iter().map(|v| v.name.as_str()).collect();
         let file = args.config.display();
-        return Err(
-            Failure::usage(format_args!("there is no volume {name:?} in {file}"))
-                .remedy(format_args!("name one of: {}", names.join(", "))),
-        );
+        return Err(Failure::usage(format_args!("there is no volume {name:?} in {file}"))
+            .remedy(format_args!("name one of: {}", names.join(", "))));
     }
-    for line in runtime::create(&config, args.volume.as_deref())
-        .await
-        .map_err(not_created)?
-    {
+    for line in runtime::create(&config, args.volume.as_deref()).await.map_err(not_created)? {
         say(line)?;
     }
     Ok(())
 }
 
 fn not_created(error: runtime::CreateError) -> Failure {
-    Failure {
-        exit_code: error.exit_code(),
-        remedy: error.remedy(),
-        message: error.to_string(),
-    }
+    Failure { exit_code: error.exit_code(), remedy: error.remedy(), message: error.to_string() }
 }
 
 #[cfg(test)]

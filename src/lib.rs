@@ -3,8 +3,10 @@
 //! [`nbd`] speaks to clients, [`volume`] decides order and acknowledgements, [`runtime`] joins the two with the agents;
 //! [`config`], [`cli`], [`admin`] and [`status`] are what a person meets.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod nbd;
-
+pub mod runtime;
 pub mod status;
 pub mod volume;

@@ -7,11 +7,13 @@ mod byte_size;
 mod endpoint;
 mod tree;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use protocol::ReplicaName;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -169,6 +171,9 @@ pub struct AgentConfig {
     pub listen: Endpoint,
     /// Data directory; each volume has its replica in DATA/VOLUME/. Required.
     pub data: PathBuf,
+    /// Block devices that hold the images of new replicas, by volume; one that is not named gets a file. Default: none.
+    #[serde(default)]
+    pub images: BTreeMap<ReplicaName, PathBuf>,
     /// Upper bounds that protect the machine.
     #[serde(default)]
     pub limits: AgentLimits,
@@ -193,7 +198,7 @@ impl AgentConfig {
 
     /// The configuration that `--listen` and `--data` stand for; everything else at its default.
     pub fn new(listen: Endpoint, data: PathBuf) -> AgentConfig {
-        AgentConfig { listen, data, limits: AgentLimits::default() }
+        AgentConfig { listen, data, images: BTreeMap::new(), limits: AgentLimits::default() }
     }
 
     /// Where an agent listens when nothing is said.

@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use protocol::{Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
+use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::disk::file::{Caching, SystemFile};
@@ -62,6 +62,16 @@ pub enum DirectoryError {
         replica: String,
         /// Its volume's identity.
         uuid: VolumeUuid,
+    },
+    /// It is another replica than the one asked for.
+    #[error("{path} holds replica {replica} of volume {volume}, which is not the one asked for")]
+    OtherReplica {
+        /// The directory.
+        path: PathBuf,
+        /// Its volume.
+        volume: String,
+        /// Its replica.
+        replica: String,
     },
     /// Another process has it open.
     #[error("{path} is in use by another process")]
@@ -123,6 +133,7 @@ impl DirectoryError {
             DirectoryError::HasData { .. } => {
                 "to begin anew, move the directory away first; its data is lost to nbdcast then"
             }
+            DirectoryError::OtherReplica { .. } => "correct `path` of the replica in the configuration",
             DirectoryError::InUse { .. } => "stop the engine or agent that serves it",
             DirectoryError::Superblock { cause: SuperblockError::Version { .. }, .. } => {
                 "use the release that wrote it, or a later one"
@@ -171,18 +182,26 @@ pub fn holds_replica(dir: &Path) -> bool {
     dir.join(SUPERBLOCK).exists()
 }
 
+/// Refuses a directory with a replica that has served: [`create`] would refuse it too.
+pub fn refuse_data(dir: &Path) -> Result<(), DirectoryError> {
+    if !holds_replica(dir) {
+        return Ok(());
+    }
+    let (superblock, _lock) = read_superblock(dir)?;
+    if superblock.promised == Epoch(0) {
+        return Ok(());
+    }
+    let Identity { uuid, volume, replica, .. } = superblock.identity;
+    Err(DirectoryError::HasData { path: dir.to_owned(), volume: volume.into(), replica: replica.into(), uuid })
+}
+
 /// Makes a new replica in `dir`. A replica that never served is made anew; one that did is left alone and refused.
 /// The superblock is written last, so that a directory without one is known to be unfinished.
 pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
+    refuse_data(dir)?;
     fs::create_dir_all(dir).map_err(at(dir))?;
     let superblock_path = dir.join(SUPERBLOCK);
     if superblock_path.exists() {
-        let (superblock, _lock) = read_superblock(dir)?;
-        if superblock.promised > Epoch(0) {
-            let Identity { uuid, volume, replica, .. } = superblock.identity;
-            let (volume, replica) = (volume.into(), replica.into());
-            return Err(DirectoryError::HasData { path: dir.to_owned(), volume, replica, uuid });
-        }
         fs::remove_file(&superblock_path).map_err(at(&superblock_path))?;
     }
     let identity = &new.identity;
@@ -190,13 +209,15 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     let checksums = dir.join(CHECKSUMS);
     create_sized(&checksums, checksum_file_bytes(identity.size_bytes))?;
     create_journal(&dir.join(JOURNAL), identity)?;
-    create_sized(&superblock_path, 0)?;
-    // The length is set last: a superblock file without content is not a replica yet.
-    let file = OpenOptions::new().write(true).open(&superblock_path).map_err(at(&superblock_path))?;
-    file.set_len(superblock::FILE_BYTES).map_err(at(&superblock_path))?;
-    let file = SystemFile::open(&superblock_path, Caching::Buffered).map_err(at(&superblock_path))?;
-    first_superblock(new).write(&file).map_err(at(&superblock_path))?;
-    file.file().sync_all().map_err(at(&superblock_path))?;
+    // Made under another name, so that a directory with a superblock holds a whole replica.
+    let unfinished = dir.join("superblock.new");
+    create_sized(&unfinished, superblock::FILE_BYTES)?;
+    let file = SystemFile::open(&unfinished, Caching::Buffered).map_err(at(&unfinished))?;
+    // All of its space is taken now: a checkpoint must not fail on a full disk.
+    file.write_at(0, &vec![0; superblock::FILE_BYTES as usize]).map_err(at(&unfinished))?;
+    first_superblock(new).write(&file).map_err(at(&unfinished))?;
+    file.file().sync_all().map_err(at(&unfinished))?;
+    fs::rename(&unfinished, &superblock_path).map_err(at(&superblock_path))?;
     for directory in [Some(dir), dir.parent()].into_iter().flatten() {
         let shown = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
         File::open(shown).and_then(|d| d.sync_all()).map_err(at(shown))?;
@@ -232,6 +253,11 @@ fn create_sized(path: &Path, bytes: u64) -> Result<(), DirectoryError> {
 
 fn create_image(path: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     let size = new.identity.size_bytes;
+    // An earlier attempt may have left a link to a device, which must not be written through.
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(path)(e)),
+        Ok(()) | Err(_) => {}
+    }
     let Some(device) = &new.image else { return create_sized(path, size) };
     let file = SystemFile::open(device, Caching::Buffered).map_err(at(device))?;
     let found = file.length().map_err(at(device))?;
@@ -239,10 +265,6 @@ fn create_image(path: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
         return Err(DirectoryError::Size { path: device.clone(), found, expected: size });
     }
     file.zero_range(0, size, false).and_then(|()| file.sync()).map_err(at(device))?;
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(path)(e)),
-        Ok(()) | Err(_) => {}
-    }
     std::os::unix::fs::symlink(device, path).map_err(at(path))
 }
 
@@ -332,4 +354,10 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
     Ok(OpenReplica { files, superblock, ring: recovered.ring, durable })
+}
+
+/// Whether a volume or a journal can have this size.
+#[must_use]
+pub fn is_size_allowed(bytes: u64) -> bool {
+    bytes >= BLOCK_BYTES && bytes.is_multiple_of(BLOCK_BYTES)
 }

@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use protocol::message::{Condition, EngineId, ReadOutcome};
-use protocol::{Record, ToAgent, ToEngine};
+use protocol::{Epoch, Record, ToAgent, ToEngine};
 use tracing::{error, info};
 
 use crate::directory::{self, DirectoryError};
 use crate::disk::ReplicaFiles;
+use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
 use crate::replica::{ApplyError, Counters, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
@@ -114,6 +115,12 @@ impl ReplicaHost {
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Whether no engine was ever promised anything: there is no data in it.
+    #[must_use]
+    pub fn is_pristine(&self) -> bool {
+        self.shared.lock().replica.superblock().promised == Epoch(0)
     }
 
     /// Figures for people.
@@ -258,9 +265,9 @@ impl Shared {
         }
     }
 
-    fn write_group(&self, job: &GroupJob) -> io::Result<()> {
-        let bytes = group::encode(job.generation, &job.records);
-        self.files.journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice())
+    fn write_group(&self, job: &GroupJob, buffer: &mut AlignedBuffer) -> io::Result<()> {
+        group::encode_into(job.generation, &job.records, buffer);
+        self.files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())
     }
 
     fn write_superblock(&self, job: &MetadataJob) -> io::Result<()> {
@@ -285,8 +292,9 @@ impl Shared {
 }
 
 fn write_journal(shared: &Shared) {
+    let mut buffer = AlignedBuffer::with_capacity(0);
     while let Some(job) = shared.next_job(&shared.journal_work, |r, _| r.next_group()) {
-        let outcome = shared.write_group(&job);
+        let outcome = shared.write_group(&job, &mut buffer);
         shared.report("writing the journal", &outcome);
         // The payloads are kept by the state machine until they are applied.
         drop(job);

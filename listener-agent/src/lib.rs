@@ -4,6 +4,7 @@
 //! [`superblock`] are what lies on disk, [`directory`] makes and opens it, [`inspect`] looks at it offline.
 
 pub mod config;
+pub mod connection;
 pub mod console;
 pub mod directory;
 pub mod disk;
@@ -13,4 +14,5 @@ pub mod inspect;
 pub mod journal;
 pub mod replica;
 
+pub mod server;
 pub mod superblock;

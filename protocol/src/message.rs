@@ -6,6 +6,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::checksum::crc32;
 use crate::cursor::{self, Malformed, Reader};
 use crate::position::{Epoch, EpochHistory, Position, Seq};
 use crate::record::{Record, RecordHeader};
@@ -282,8 +283,8 @@ impl ToAgent {
         Bytes::new()
     }
 
-    /// Reads a message from its number, body and bulk data. The payload of a record is not compared with its checksum
-    /// here: the replica does that when it takes the record in.
+    /// Reads a message from its number, body and bulk data. A record's payload is compared with its checksum here, by
+    /// whoever reads the connection, so that nobody has to do it with a lock held.
     pub fn decode(number: u8, body: &[u8], bulk: Bytes) -> Result<ToAgent, Malformed> {
         let mut r = Reader::new(body);
         let mut bulk = Some(bulk);
@@ -324,7 +325,9 @@ fn decode_record(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Record,
     if payload.len() != header.payload_length as usize {
         return Err(Malformed { field: "record payload" });
     }
-    Ok(Record { header, payload })
+    let record = Record { header, payload };
+    record.check_payload().map_err(|_| Malformed { field: "record payload (checksum mismatch)" })?;
+    Ok(record)
 }
 
 fn finish(r: Reader<'_>, bulk: Option<Bytes>) -> Result<(), Malformed> {
@@ -407,8 +410,8 @@ impl ToEngine {
         Bytes::new()
     }
 
-    /// Reads a message from its number, body and bulk data. The bytes of a read are compared with their checksum by
-    /// the engine when it uses them.
+    /// Reads a message from its number, body and bulk data. Payloads and the bytes of reads are compared with their
+    /// checksums here.
     pub fn decode(number: u8, body: &[u8], bulk: Bytes) -> Result<ToEngine, Malformed> {
         let mut r = Reader::new(body);
         let mut bulk = Some(bulk);
@@ -424,7 +427,11 @@ impl ToEngine {
                 outcome: match r.u8("outcome")? {
                     0 => {
                         let crc = r.u32("checksum")?;
-                        ReadOutcome::Data { data: bulk.take().unwrap_or_default(), crc }
+                        let data = bulk.take().unwrap_or_default();
+                        if crc32(&data) != crc {
+                            return Err(Malformed { field: "bytes of a read (checksum mismatch)" });
+                        }
+                        ReadOutcome::Data { data, crc }
                     }
                     1 => ReadOutcome::ChecksumMismatch { offset: r.u64("offset")? },
                     2 => ReadOutcome::Failed,

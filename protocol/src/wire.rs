@@ -9,8 +9,8 @@
 //! 12  u32  bytes of bulk data (at most 1 MiB)
 //! ```
 //!
-//! Bulk data (payload of a record, bytes of a read) is not covered by the frame's checksum, as it carries its own end to
-//! end. All numbers are little-endian.
+//! Bulk data (payload of a record, bytes of a read) is not covered by the frame's checksum: the body carries its own, end
+//! to end. All numbers are little-endian.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -236,7 +236,7 @@ mod tests {
             ToEngine::Promised(promised),
             ToEngine::Durable { seq: Seq(9) },
             ToEngine::Pong { token: 4 },
-            read(ReadOutcome::Data { data, crc: 1 }),
+            read(ReadOutcome::Data { crc: crate::checksum::crc32(&data), data }),
             read(ReadOutcome::ChecksumMismatch { offset: 4096 }),
             read(ReadOutcome::Failed),
             ToEngine::Fetched(record()),
@@ -280,6 +280,26 @@ mod tests {
             broken[bit / 8] ^= 1 << (bit % 8);
             let outcome = Prefix::decode(&prefix).unwrap().to_agent(broken.into());
             assert_eq!(outcome, Err(WireError::Checksum), "bit {bit} of the body");
+        }
+    }
+
+    #[test]
+    fn a_changed_bit_of_bulk_data_is_noticed() {
+        let data = Bytes::from_static(b"xyz");
+        let outcome = ReadOutcome::Data { crc: crate::checksum::crc32(&data), data };
+        let read = ToEngine::ReadDone { id: 1, applied: Seq(8), outcome };
+        let append = frame_to_agent(&ToAgent::Append(record()));
+        let frames = [append, frame_to_engine(&read), frame_to_engine(&ToEngine::Fetched(record()))];
+        for (i, frame) in frames.iter().enumerate() {
+            let (prefix, rest) = prefix_and_rest(frame);
+            let mut broken = rest.to_vec();
+            *broken.last_mut().unwrap() ^= 1;
+            let prefix = Prefix::decode(&prefix).unwrap();
+            let refused = match i {
+                0 => prefix.to_agent(broken.into()).is_err(),
+                _ => prefix.to_engine(broken.into()).is_err(),
+            };
+            assert!(refused, "frame {i}");
         }
     }
 

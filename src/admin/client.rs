@@ -58,10 +58,7 @@ impl AdminUrl {
             "::" => "::1",
             host => host,
         };
-        Some(AdminUrl {
-            host: host.to_owned(),
-            port: *port,
-        })
+        Some(AdminUrl { host: host.to_owned(), port: *port })
     }
 }
 
@@ -73,10 +70,7 @@ impl From<SocketAddr> for AdminUrl {
             IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             ip => ip,
         };
-        AdminUrl {
-            host: ip.to_string(),
-            port: address.port(),
-        }
+        AdminUrl { host: ip.to_string(), port: address.port() }
     }
 }
 
@@ -91,9 +85,7 @@ impl FromStr for AdminUrl {
     type Err = AdminUrlError;
 
     fn from_str(text: &str) -> Result<AdminUrl, AdminUrlError> {
-        let form = || AdminUrlError::Form {
-            text: text.to_owned(),
-        };
+        let form = || AdminUrlError::Form { text: text.to_owned() };
         let address = text.strip_prefix("http://").unwrap_or(text);
         let address = address.strip_suffix('/').unwrap_or(address);
         if address.contains('/') {
@@ -145,9 +137,7 @@ impl AskError {
             AskError::Connect { .. } => {
                 "is `nbdcast serve` running? Give its admin address with --admin URL, or its config with --config FILE"
             }
-            AskError::TimedOut { .. } => {
-                "the engine may be overloaded or stopped; look at its log, then try again"
-            }
+            AskError::TimedOut { .. } => "the engine may be overloaded or stopped; look at its log, then try again",
             AskError::Exchange { .. } | AskError::Refused { .. } => {
                 "another program may listen there; check --admin URL against admin.listen of the engine's config"
             }
@@ -164,19 +154,11 @@ pub async fn ask_status(url: &AdminUrl) -> Result<StatusReport, AskError> {
 }
 
 async fn exchange(url: &AdminUrl) -> Result<StatusReport, AskError> {
-    let broken = |error: &dyn fmt::Display| AskError::Exchange {
-        url: url.clone(),
-        reason: error.to_string(),
-    };
+    let broken = |error: &dyn fmt::Display| AskError::Exchange { url: url.clone(), reason: error.to_string() };
     let stream = TcpStream::connect((url.host.as_str(), url.port))
         .await
-        .map_err(|source| AskError::Connect {
-            url: url.clone(),
-            source,
-        })?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| broken(&error))?;
+        .map_err(|source| AskError::Connect { url: url.clone(), source })?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
     let authority = url.to_string();
     let request = Request::get("/status")
         .header(HOST, authority.trim_start_matches("http://"))

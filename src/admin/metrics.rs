@@ -12,9 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::status::{
-    Percentiles, ReplicaState, ReplicaStatus, StatusReport, VolumeState, VolumeStatus,
-};
+use crate::status::{Percentiles, ReplicaState, ReplicaStatus, StatusReport, VolumeState, VolumeStatus};
 
 /// Content type of the text that `render` makes.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -78,28 +76,12 @@ impl VolumeMetrics {
             serving: gauges(r, "volume_serving", "1 if clients are answered, else 0"),
             size: gauges(r, "volume_size_bytes", "Size of the volume"),
             epoch: gauges(r, "volume_epoch", "Epoch of the running activation"),
-            seq: gauges(
-                r,
-                "volume_seq",
-                "Last place given out in the volume's order",
-            ),
+            seq: gauges(r, "volume_seq", "Last place given out in the volume's order"),
             members: gauges(r, "volume_members", "Replicas in the view in force"),
-            exposed: gauges(
-                r,
-                "volume_exposed_bytes",
-                "Acknowledged bytes held by fewer than two replicas",
-            ),
+            exposed: gauges(r, "volume_exposed_bytes", "Acknowledged bytes held by fewer than two replicas"),
             reads: counters(r, "volume_reads", "Reads answered"),
-            writes: counters(
-                r,
-                "volume_writes",
-                "Writes, TRIMs and WRITE_ZEROES answered",
-            ),
-            latency: seconds(
-                r,
-                "volume_latency_seconds",
-                "Recent latency as clients see it, by quantile",
-            ),
+            writes: counters(r, "volume_writes", "Writes, TRIMs and WRITE_ZEROES answered"),
+            latency: seconds(r, "volume_latency_seconds", "Recent latency as clients see it, by quantile"),
         }
     }
 
@@ -152,51 +134,20 @@ impl ReplicaMetrics {
     fn register(registry: &mut Registry) -> ReplicaMetrics {
         let r = registry;
         ReplicaMetrics {
-            state: gauges(
-                r,
-                "replica_state",
-                "1 for the state that the replica is in, else 0",
-            ),
-            durable_seq: gauges(
-                r,
-                "replica_durable_seq",
-                "Last seq that the replica holds durably",
-            ),
-            lag_records: gauges(
-                r,
-                "replica_lag_records",
-                "Records that the replica is behind",
-            ),
+            state: gauges(r, "replica_state", "1 for the state that the replica is in, else 0"),
+            durable_seq: gauges(r, "replica_durable_seq", "Last seq that the replica holds durably"),
+            lag_records: gauges(r, "replica_lag_records", "Records that the replica is behind"),
             lag_bytes: gauges(r, "replica_lag_bytes", "Bytes that the replica is behind"),
             lag_seconds: seconds(r, "replica_lag_seconds", "Time that the replica is behind"),
-            resync_done: gauges(
-                r,
-                "replica_resync_done_bytes",
-                "Bytes copied by a running resync",
-            ),
-            resync_total: gauges(
-                r,
-                "replica_resync_total_bytes",
-                "Bytes to copy by a running resync",
-            ),
-            checksum_errors: counters(
-                r,
-                "replica_checksum_errors",
-                "Blocks found to differ from their checksum",
-            ),
-            repaired_blocks: counters(
-                r,
-                "replica_repaired_blocks",
-                "Blocks repaired from a member",
-            ),
+            resync_done: gauges(r, "replica_resync_done_bytes", "Bytes copied by a running resync"),
+            resync_total: gauges(r, "replica_resync_total_bytes", "Bytes to copy by a running resync"),
+            checksum_errors: counters(r, "replica_checksum_errors", "Blocks found to differ from their checksum"),
+            repaired_blocks: counters(r, "replica_repaired_blocks", "Blocks repaired from a member"),
         }
     }
 
     fn set(&self, volume: &str, replica: &ReplicaStatus) {
-        let labels: Labels = vec![
-            ("volume", volume.to_owned()),
-            ("replica", replica.name.clone()),
-        ];
+        let labels: Labels = vec![("volume", volume.to_owned()), ("replica", replica.name.clone())];
         for state in ReplicaState::ALL {
             let mut labels = labels.clone();
             labels.push(("state", state.word().to_owned()));

@@ -31,14 +31,8 @@ impl Running {
         let address = server.local_address();
         let source = Arc::new(Fixed(Mutex::new(sample())));
         let (stop, stopping) = watch::channel(false);
-        let task =
-            tokio::spawn(server.serve(Arc::clone(&source) as Arc<dyn StatusSource>, stopping));
-        Running {
-            address,
-            source,
-            stop,
-            task,
-        }
+        let task = tokio::spawn(server.serve(Arc::clone(&source) as Arc<dyn StatusSource>, stopping));
+        Running { address, source, stop, task }
     }
 
     fn url(&self) -> AdminUrl {
@@ -56,8 +50,7 @@ impl Running {
     }
 
     async fn get(&self, path: &str) -> String {
-        self.send(&format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"))
-            .await
+        self.send(&format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")).await
     }
 }
 
@@ -72,17 +65,11 @@ async fn the_client_gets_the_report_that_the_engine_gave() {
 async fn health_is_200_while_serving_and_503_with_the_reason_otherwise() {
     let running = Running::start().await;
     let answer = running.get("/healthz").await;
-    assert!(
-        answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nok\n"),
-        "{answer}"
-    );
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nok\n"), "{answer}");
     running.source.0.lock().expect("not poisoned").volumes[0].state = VolumeState::Frozen;
     let answer = running.get("/healthz").await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-    assert!(
-        answer.ends_with("volume vol0 is frozen (replicas: c syncing)\n"),
-        "{answer}"
-    );
+    assert!(answer.ends_with("volume vol0 is frozen (replicas: c syncing)\n"), "{answer}");
 }
 
 #[tokio::test]
@@ -101,10 +88,7 @@ async fn metrics_name_volume_and_replica() {
         r#"nbdcast_replica_checksum_errors_total{volume="vol0",replica="b"} 2"#,
         "# EOF",
     ] {
-        assert!(
-            answer.lines().any(|found| found == line),
-            "no `{line}` in\n{answer}"
-        );
+        assert!(answer.lines().any(|found| found == line), "no `{line}` in\n{answer}");
     }
 }
 
@@ -112,40 +96,22 @@ async fn metrics_name_volume_and_replica() {
 async fn other_paths_and_methods_are_refused() {
     let running = Running::start().await;
     let answer = running.get("/nothing").await;
-    assert!(
-        answer.starts_with("HTTP/1.1 404 ") && answer.contains("/healthz"),
-        "{answer}"
-    );
-    let answer = running
-        .send("POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
-        .await;
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("/healthz"), "{answer}");
+    let answer = running.send("POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
     assert!(answer.contains("allow: GET, HEAD"), "{answer}");
-    let answer = running
-        .send("HEAD /status HTTP/1.1\r\nHost: x\r\n\r\n")
-        .await;
-    assert!(
-        answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\n"),
-        "{answer}"
-    );
+    let answer = running.send("HEAD /status HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\n"), "{answer}");
 }
 
 #[tokio::test]
 async fn a_head_without_end_is_cut_off() {
     let running = Running::start().await;
-    let endless = format!(
-        "GET /status HTTP/1.1\r\nX: {}",
-        "x".repeat(2 * HEAD_BYTES_MAX)
-    );
+    let endless = format!("GET /status HTTP/1.1\r\nX: {}", "x".repeat(2 * HEAD_BYTES_MAX));
     let answer = running.send(&endless).await;
-    assert!(
-        answer.starts_with("HTTP/1.1 431 ") || answer.is_empty(),
-        "{answer}"
-    );
+    assert!(answer.starts_with("HTTP/1.1 431 ") || answer.is_empty(), "{answer}");
     let headers: String = (0..=HEADERS_MAX).map(|n| format!("h{n}: x\r\n")).collect();
-    let answer = running
-        .send(&format!("GET /status HTTP/1.1\r\n{headers}\r\n"))
-        .await;
+    let answer = running.send(&format!("GET /status HTTP/1.1\r\n{headers}\r\n")).await;
     assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
     ask_status(&running.url()).await.expect("others are served");
 }
@@ -154,9 +120,7 @@ async fn a_head_without_end_is_cut_off() {
 async fn a_busy_port_is_named_with_a_remedy() {
     let running = Running::start().await;
     let busy = running.address.to_string().parse().expect("an address");
-    let error = AdminServer::bind(&busy)
-        .await
-        .expect_err("the port is taken");
+    let error = AdminServer::bind(&busy).await.expect_err("the port is taken");
     let start = format!("cannot listen at the admin address {}: ", running.address);
     assert!(error.to_string().starts_with(&start), "{error}");
     assert!(error.remedy().contains("choose another port"));
@@ -170,27 +134,16 @@ async fn a_stopped_server_frees_its_port_and_the_client_says_that_nobody_answers
     running.task.await.expect("the server ends");
     let error = ask_status(&url).await.expect_err("nobody listens");
     assert!(matches!(error, AskError::Connect { .. }), "{error}");
-    assert!(
-        error
-            .to_string()
-            .starts_with(&format!("no engine answers at {url}: "))
-    );
+    assert!(error.to_string().starts_with(&format!("no engine answers at {url}: ")));
     assert!(error.remedy().contains("is `nbdcast serve` running?"));
     let address = running.address.to_string().parse().expect("an address");
-    AdminServer::bind(&address)
-        .await
-        .expect("the port is free again");
+    AdminServer::bind(&address).await.expect("the port is free again");
 }
 
 #[tokio::test]
 async fn something_that_is_no_engine_is_told_apart() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let url: AdminUrl = listener
-        .local_addr()
-        .expect("an address")
-        .to_string()
-        .parse()
-        .expect("a URL");
+    let url: AdminUrl = listener.local_addr().expect("an address").to_string().parse().expect("a URL");
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.expect("a client");
         stream.write_all(b"NBDMAGICIHAVEOPT").await.expect("send");
@@ -211,13 +164,7 @@ fn admin_urls_are_read_with_and_without_their_scheme() {
     ] {
         assert_eq!(text.parse::<AdminUrl>().expect(text).to_string(), url);
     }
-    for text in [
-        "https://h:1",
-        "http://h:1/status",
-        "http://h",
-        "unix:/a",
-        "",
-    ] {
+    for text in ["https://h:1", "http://h:1/status", "http://h", "unix:/a", ""] {
         text.parse::<AdminUrl>().expect_err(text);
     }
 }

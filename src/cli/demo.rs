@@ -23,11 +23,8 @@ const REPLICAS_DEFAULT: u8 = 3;
 pub(super) async fn run(args: DemoArgs) -> Result<(), Failure> {
     let dir = directory(&args.dir)?;
     let config_file = dir.join("engine.toml");
-    let mut config = if config_file.exists() {
-        existing(&args, &config_file)?
-    } else {
-        create(&args, &dir, &config_file).await?
-    };
+    let mut config =
+        if config_file.exists() { existing(&args, &config_file)? } else { create(&args, &dir, &config_file).await? };
     if let Some(listen) = args.listen {
         config.nbd.listen = listen;
     }
@@ -39,13 +36,11 @@ pub(super) async fn run(args: DemoArgs) -> Result<(), Failure> {
 
 /// The demo's directory, created if needed, as an absolute path without links.
 fn directory(dir: &Path) -> Result<PathBuf, Failure> {
-    fs::create_dir_all(dir)
-        .and_then(|()| fs::canonicalize(dir))
-        .map_err(|error| {
-            let dir = dir.display();
-            Failure::failed(format_args!("cannot create the directory {dir}: {error}"))
-                .remedy("give a directory that you may write to with --dir DIR")
-        })
+    fs::create_dir_all(dir).and_then(|()| fs::canonicalize(dir)).map_err(|error| {
+        let dir = dir.display();
+        Failure::failed(format_args!("cannot create the directory {dir}: {error}"))
+            .remedy("give a directory that you may write to with --dir DIR")
+    })
 }
 
 /// The config of an earlier start. What was fixed then and is asked for now must agree.
@@ -53,34 +48,20 @@ fn existing(args: &DemoArgs, config_file: &Path) -> Result<EngineConfig, Failure
     let config = EngineConfig::load(config_file).map_err(unusable)?;
     let Some(volume) = config.volumes.iter().find(|v| v.name == VOLUME) else {
         let file = config_file.display();
-        return Err(
-            Failure::usage(format_args!("{file} has no volume {VOLUME:?}")).remedy(format_args!(
-                "serve it with `nbdcast serve --config {file}`, or give another --dir"
-            )),
-        );
+        return Err(Failure::usage(format_args!("{file} has no volume {VOLUME:?}"))
+            .remedy(format_args!("serve it with `nbdcast serve --config {file}`, or give another --dir")));
     };
     let differs = |what: &str, is: String, asked: String| {
         let file = config_file.display();
-        Failure::usage(format_args!(
-            "the volume {VOLUME:?} of {file} was created with {what} {is}, not {asked}"
-        ))
-        .remedy(format_args!(
-            "leave out {what}, or give another --dir for a new volume"
-        ))
+        Failure::usage(format_args!("the volume {VOLUME:?} of {file} was created with {what} {is}, not {asked}"))
+            .remedy(format_args!("leave out {what}, or give another --dir for a new volume"))
     };
     if let Some(size) = args.size.filter(|size| *size != volume.size) {
         return Err(differs("--size", volume.size.to_string(), size.to_string()));
     }
     let replicas = volume.replicas.len();
-    if let Some(asked) = args
-        .replicas
-        .filter(|asked| usize::from(*asked) != replicas)
-    {
-        return Err(differs(
-            "--replicas",
-            replicas.to_string(),
-            asked.to_string(),
-        ));
+    if let Some(asked) = args.replicas.filter(|asked| usize::from(*asked) != replicas) {
+        return Err(differs("--replicas", replicas.to_string(), asked.to_string()));
     }
     Ok(config)
 }
@@ -96,15 +77,13 @@ async fn create(args: &DemoArgs, dir: &Path, config_file: &Path) -> Result<Engin
         }
         LoadError::File(_) => unusable(error),
     })?;
-    runtime::create(&config, Some(VOLUME))
-        .await
-        .map_err(|error| {
-            let failure = not_created(error);
-            match failure.remedy {
-                Some(_) => failure,
-                None => failure.remedy(start_again(dir)),
-            }
-        })?;
+    runtime::create(&config, Some(VOLUME)).await.map_err(|error| {
+        let failure = not_created(error);
+        match failure.remedy {
+            Some(_) => failure,
+            None => failure.remedy(start_again(dir)),
+        }
+    })?;
     keep(config_file, &text).map_err(|error| {
         let file = config_file.display();
         Failure::failed(format_args!("cannot write {file}: {error}")).remedy(start_again(dir))
@@ -126,12 +105,10 @@ fn config_text(size: ByteSize, replicas: u8) -> String {
     let mut text = format!(
         "# Written by `nbdcast demo`; an ordinary engine config. config/engine.toml of nbdcast shows every key.\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{size}\"\n\
-         lag_bytes_max = \"64MiB\"\njournal_size = \"128MiB\"\n"
+         lag_bytes_max = \"64MiB\"\njournal_size = \"192MiB\"\non_lag = \"throttle\"\n"
     );
     for name in ('a'..='z').take(replicas.into()) {
-        text.push_str(&format!(
-            "\n[[volume.replica]]\nname = \"{name}\"\npath = \"{name}\"\n"
-        ));
+        text.push_str(&format!("\n[[volume.replica]]\nname = \"{name}\"\npath = \"{name}\"\n"));
     }
     text
 }
@@ -162,14 +139,10 @@ fn announce(uris: &[String], admin: &AdminUrl, dir: &Path) -> Result<(), Failure
 }
 
 fn hints(uri: &str, admin: &AdminUrl, dir: &Path) -> String {
-    let mut text = format!(
-        "The replicas are in {}; stop with Ctrl-C. Try in another shell:\n  nbdinfo '{uri}'\n",
-        dir.display()
-    );
+    let mut text =
+        format!("The replicas are in {}; stop with Ctrl-C. Try in another shell:\n  nbdinfo '{uri}'\n", dir.display());
     if let Some((host, port)) = tcp_of(uri) {
-        text.push_str(&format!(
-            "  sudo nbd-client {host} {port} /dev/nbd0 -N {VOLUME} && sudo mkfs.ext4 /dev/nbd0\n"
-        ));
+        text.push_str(&format!("  sudo nbd-client {host} {port} /dev/nbd0 -N {VOLUME} && sudo mkfs.ext4 /dev/nbd0\n"));
     }
     text.push_str(&format!(
         "  fio --name=try --ioengine=nbd --uri='{uri}' --rw=randwrite --bs=4k --iodepth=32 --size=64M --verify=crc32c\n  \
@@ -191,13 +164,7 @@ mod tests {
     use crate::config::ReplicaPlace;
 
     fn args(dir: &Path) -> DemoArgs {
-        DemoArgs {
-            dir: dir.to_owned(),
-            size: None,
-            replicas: None,
-            listen: None,
-            admin: None,
-        }
+        DemoArgs { dir: dir.to_owned(), size: None, replicas: None, listen: None, admin: None }
     }
 
     #[test]
@@ -208,10 +175,7 @@ mod tests {
             let volume = &config.volumes[0];
             assert_eq!(volume.replicas.len(), usize::from(replicas));
             assert_eq!(volume.replicas[0].name, "a");
-            let place = ReplicaPlace::Embedded {
-                path: "/demo/a".into(),
-                image: None,
-            };
+            let place = ReplicaPlace::Embedded { path: "/demo/a".into(), image: None };
             assert_eq!(volume.replicas[0].place, place);
         }
     }
@@ -230,18 +194,10 @@ mod tests {
         args.size = Some(ByteSize::gib(1));
         let failure = existing(&args, &file).expect_err("another size");
         assert_eq!(failure.exit_code, 2);
-        assert!(
-            failure
-                .message
-                .ends_with("was created with --size 64MiB, not 1GiB")
-        );
+        assert!(failure.message.ends_with("was created with --size 64MiB, not 1GiB"));
         (args.size, args.replicas) = (None, Some(3));
         let failure = existing(&args, &file).expect_err("another number of replicas");
-        assert!(
-            failure
-                .message
-                .ends_with("was created with --replicas 2, not 3")
-        );
+        assert!(failure.message.ends_with("was created with --replicas 2, not 3"));
     }
 
     #[tokio::test]
@@ -250,15 +206,9 @@ mod tests {
         let mut args = args(dir.path());
         args.size = Some(ByteSize::from_bytes(1000));
         let file = dir.path().join("engine.toml");
-        let failure = create(&args, dir.path(), &file)
-            .await
-            .expect_err("too small");
+        let failure = create(&args, dir.path(), &file).await.expect_err("too small");
         assert_eq!(failure.exit_code, 2);
-        assert!(
-            failure.message.contains("size = 1000 is out of range"),
-            "{}",
-            failure.message
-        );
+        assert!(failure.message.contains("size = 1000 is out of range"), "{}", failure.message);
         assert!(!file.exists());
     }
 
@@ -266,15 +216,9 @@ mod tests {
     fn the_hints_fit_the_kind_of_socket() {
         let admin = "http://127.0.0.1:10808".parse().expect("a URL");
         let tcp = hints("nbd://127.0.0.1:10809/demo", &admin, Path::new("/d"));
-        assert!(
-            tcp.contains("nbd-client 127.0.0.1 10809 /dev/nbd0 -N demo"),
-            "{tcp}"
-        );
+        assert!(tcp.contains("nbd-client 127.0.0.1 10809 /dev/nbd0 -N demo"), "{tcp}");
         let unix = hints("nbd+unix:///demo?socket=/run/x", &admin, Path::new("/d"));
-        assert!(
-            unix.contains("nbdinfo 'nbd+unix:///demo?socket=/run/x'"),
-            "{unix}"
-        );
+        assert!(unix.contains("nbdinfo 'nbd+unix:///demo?socket=/run/x'"), "{unix}");
         assert!(!unix.contains("nbd-client"), "{unix}");
     }
 }

@@ -15,8 +15,7 @@ use crate::runtime::{Engine, StartError, StartOptions};
 
 /// Prints one line `ready URI` per volume.
 pub(super) fn announce_ready(uris: &[String], _admin: &AdminUrl) -> Result<(), Failure> {
-    uris.iter()
-        .try_for_each(|uri| say(format_args!("ready {uri}")))
+    uris.iter().try_for_each(|uri| say(format_args!("ready {uri}")))
 }
 
 /// Serves `config` until SIGTERM or SIGINT; `announce` is called once when every volume serves.
@@ -30,9 +29,7 @@ pub(super) async fn run(
     warn_if_open("nbd.listen", &config.nbd.listen);
     warn_if_open("admin.listen", &config.admin.listen);
     let mut signals = ShutdownSignals::install()?;
-    let admin = AdminServer::bind(&config.admin.listen)
-        .await
-        .map_err(admin_failure)?;
+    let admin = AdminServer::bind(&config.admin.listen).await.map_err(admin_failure)?;
     let admin_url = AdminUrl::from(admin.local_address());
     let engine = tokio::select! {
         started = Engine::start(config, StartOptions { take_over }) => started.map_err(not_started)?,
@@ -60,10 +57,7 @@ pub(super) async fn run(
         None => stopped,
         Some(failure) => {
             if let Err(also) = stopped {
-                tracing::warn!(
-                    error = also.message,
-                    "the failed engine did not stop cleanly"
-                );
+                tracing::warn!(error = also.message, "the failed engine did not stop cleanly");
             }
             Err(Failure::failed(failure))
         }
@@ -83,11 +77,7 @@ async fn shut_down(engine: Engine) -> Result<(), Failure> {
 }
 
 fn not_started(error: StartError) -> Failure {
-    Failure {
-        exit_code: error.exit_code(),
-        remedy: error.remedy(),
-        message: error.to_string(),
-    }
+    Failure { exit_code: error.exit_code(), remedy: error.remedy(), message: error.to_string() }
 }
 
 fn admin_failure(error: AdminError) -> Failure {

@@ -11,17 +11,11 @@ pub(super) async fn run(args: StatusArgs) -> Result<(), Failure> {
         None => args.admin,
         Some(file) => {
             let listen = load(file)?.admin.listen;
-            AdminUrl::of_listener(&listen).ok_or_else(|| {
-                Failure::usage(format_args!(
-                    "{}: admin.listen is not a TCP address",
-                    file.display()
-                ))
-            })?
+            AdminUrl::of_listener(&listen)
+                .ok_or_else(|| Failure::usage(format_args!("{}: admin.listen is not a TCP address", file.display())))?
         }
     };
-    let report = ask_status(&url)
-        .await
-        .map_err(|error| Failure::failed(&error).remedy(error.remedy()))?;
+    let report = ask_status(&url).await.map_err(|error| Failure::failed(&error).remedy(error.remedy()))?;
     if !args.json {
         return say(render(&report).trim_end());
     }

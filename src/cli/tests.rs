@@ -20,10 +20,7 @@ fn the_command_line_is_consistent() {
 
 #[test]
 fn only_commands_that_exist_are_shown() {
-    let shown: Vec<String> = Cli::command()
-        .get_subcommands()
-        .map(|command| command.get_name().to_owned())
-        .collect();
+    let shown: Vec<String> = Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
     assert_eq!(shown, ["demo", "create", "serve", "status"]);
 }
 
@@ -47,36 +44,18 @@ fn demo_takes_every_argument() {
     assert_eq!(args.replicas, Some(16));
     assert_eq!(args.listen, Some(Endpoint::Unix("/s".into())));
     for bad in ["--size 64MB", "--replicas 0", "--replicas 17", "--listen x"] {
-        assert_eq!(
-            parse(&format!("demo {bad}")).unwrap_err(),
-            ErrorKind::ValueValidation
-        );
+        assert_eq!(parse(&format!("demo {bad}")).unwrap_err(), ErrorKind::ValueValidation);
     }
 }
 
 #[test]
 fn create_and_serve_need_a_config() {
-    assert_eq!(
-        parse("create").unwrap_err(),
-        ErrorKind::MissingRequiredArgument
-    );
-    assert_eq!(
-        parse("serve").unwrap_err(),
-        ErrorKind::MissingRequiredArgument
-    );
-    assert!(matches!(
-        parse("create --config f vol0"),
-        Ok(Command::Create(CreateArgs {
-            volume: Some(_),
-            ..
-        }))
-    ));
+    assert_eq!(parse("create").unwrap_err(), ErrorKind::MissingRequiredArgument);
+    assert_eq!(parse("serve").unwrap_err(), ErrorKind::MissingRequiredArgument);
+    assert!(matches!(parse("create --config f vol0"), Ok(Command::Create(CreateArgs { volume: Some(_), .. }))));
     assert!(matches!(
         parse("serve --config f --take-over --log-format json"),
-        Ok(Command::Serve(ServeArgs {
-            take_over: true,
-            ..
-        }))
+        Ok(Command::Serve(ServeArgs { take_over: true, .. }))
     ));
 }
 
@@ -91,24 +70,12 @@ fn status_asks_one_engine() {
         panic!("status with a config");
     };
     assert_eq!(args.config, Some(PathBuf::from("f")));
-    assert_eq!(
-        parse("status --config f --admin http://h:1").unwrap_err(),
-        ErrorKind::ArgumentConflict
-    );
-    assert_eq!(
-        parse("status --admin https://h:1").unwrap_err(),
-        ErrorKind::ValueValidation
-    );
+    assert_eq!(parse("status --config f --admin http://h:1").unwrap_err(), ErrorKind::ArgumentConflict);
+    assert_eq!(parse("status --admin https://h:1").unwrap_err(), ErrorKind::ValueValidation);
 }
 
 #[test]
 fn no_command_is_a_usage_error() {
-    assert_eq!(
-        parse("").unwrap_err(),
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
-    );
-    assert_eq!(
-        parse("frobnicate").unwrap_err(),
-        ErrorKind::InvalidSubcommand
-    );
+    assert_eq!(parse("").unwrap_err(), ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand);
+    assert_eq!(parse("frobnicate").unwrap_err(), ErrorKind::InvalidSubcommand);
 }

@@ -65,7 +65,7 @@ fn a_number_out_of_range_names_volume_key_value_and_range() {
         ("lag_ms_max = 1", "lag_ms_max = 1 is out of range; allowed: 100 to 3600000"),
         ("freeze_ms = 86400001", "freeze_ms = 86400001 is out of range; allowed: 0 to 86400000"),
         ("lease_ms = 99", "lease_ms = 99 is out of range; allowed: 100 to 60000"),
-        ("lag_bytes_max = 4096", "lag_bytes_max = 4KiB is out of range; allowed: 1MiB to 64GiB"),
+        ("lag_bytes_max = 4096", "lag_bytes_max = 4KiB is out of range; allowed: 64KiB to 64GiB"),
         ("journal_size = \"2TiB\"", "journal_size = 2TiB is out of range; allowed: 512MiB to 1TiB"),
         (
             "journal_size = \"511MiB\"",

@@ -72,7 +72,7 @@ fn validate_volume(volume: &VolumeConfig) -> Result<(), InvalidValue> {
     size("size", volume.size, ByteSize::kib(64), ByteSize::tib(64))?;
     aligned("size", volume.size)?;
     let lag = volume.lag_bytes_max;
-    size("lag_bytes_max", lag, ByteSize::mib(1), ByteSize::gib(64))?;
+    size("lag_bytes_max", lag, ByteSize::kib(64), ByteSize::gib(64))?;
     number("lag_ms_max", volume.lag_ms_max, 100, 3_600_000)?;
     number("freeze_ms", volume.freeze_ms, 0, 86_400_000)?;
     number("lease_ms", volume.lease_ms, 100, 60_000)?;

@@ -4,13 +4,10 @@ use std::collections::VecDeque;
 
 use protocol::Seq;
 
-use super::Time;
-
 #[derive(Debug)]
 struct Waiting<T> {
     seq: Seq,
     token: T,
-    queued_at: Time,
 }
 
 /// Requests of one policy, in order of the place that must be held.
@@ -24,19 +21,14 @@ impl<T> Acks<T> {
         Acks { waiting: VecDeque::new() }
     }
 
-    pub(super) fn push(&mut self, seq: Seq, token: T, now: Time) {
+    pub(super) fn push(&mut self, seq: Seq, token: T) {
         assert!(self.waiting.back().is_none_or(|last| last.seq <= seq), "places are given out in order");
-        self.waiting.push_back(Waiting { seq, token, queued_at: now });
+        self.waiting.push_back(Waiting { seq, token });
     }
 
     /// Takes the next request whose place is at most `committed`.
     pub(super) fn pop_committed(&mut self, committed: Seq) -> Option<T> {
         if self.waiting.front()?.seq <= committed { self.waiting.pop_front().map(|w| w.token) } else { None }
-    }
-
-    /// Takes the next request that has waited since before `limit`.
-    pub(super) fn pop_older(&mut self, limit: Time) -> Option<T> {
-        if self.waiting.front()?.queued_at < limit { self.waiting.pop_front().map(|w| w.token) } else { None }
     }
 
     /// Takes the next request.

@@ -103,6 +103,13 @@ pub enum StartRefusal {
         /// The replica that said so.
         replica: ReplicaName,
     },
+    /// A replica that is behind takes no records.
+    Stalled {
+        /// Which.
+        replica: ReplicaName,
+        /// The record it stopped at.
+        at: Seq,
+    },
     /// A replica is not one of this volume.
     Mismatch {
         /// Which.
@@ -140,6 +147,9 @@ impl fmt::Display for StartRefusal {
             }
             StartRefusal::OtherEngine { replica } => {
                 write!(f, "another engine serves the volume, as replica {replica} says")
+            }
+            StartRefusal::Stalled { replica, at } => {
+                write!(f, "replica {replica} is behind and took no record after {at} for too long")
             }
             StartRefusal::Mismatch { replica, what } => write!(f, "replica {replica} {what}"),
         }
@@ -222,6 +232,10 @@ impl<T> Volume<T> {
         if welcome.size_bytes != size {
             return Some(format!("has {} bytes, the configuration says {size}", welcome.size_bytes));
         }
+        let (journal, lag) = (welcome.journal_bytes, self.settings.lag_bytes_max);
+        if journal < lag.saturating_mul(2) {
+            return Some(format!("has a journal of {journal} bytes, too small for a lag_bytes_max of {lag}"));
+        }
         match self.uuid {
             Some(uuid) if uuid != welcome.uuid => {
                 Some(format!("belongs to volume {}, the others to volume {uuid}", welcome.uuid))
@@ -268,7 +282,7 @@ impl<T> Volume<T> {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
             self.disconnect(now, peer);
-            // What it lacks is dropped from its account, so that it counts for nothing and the drop record lists it.
+            // What it lacks is dropped from its account, so that it counts for nothing.
             let kept = if same_history { found.seq } else { Seq(0) };
             self.peers[peer].restart_from(kept);
             self.peers[peer].role = Role::Leaving;
@@ -280,6 +294,12 @@ impl<T> Volume<T> {
         at.restart_from(found.seq);
         // It may have missed this while it was away, and have no room in its journal until it knows.
         at.push_urgent(ToAgent::Stable { seq: self.stable_told });
+    }
+
+    /// The last record sent to a peer that is being brought up.
+    pub(super) fn replay_sent(&self, peer: PeerId) -> Option<Seq> {
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return None };
+        replay.current.filter(|(target, _)| *target == peer).map(|(_, forwarded)| forwarded)
     }
 
     pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
@@ -296,8 +316,10 @@ impl<T> Volume<T> {
         if replay.source != peer {
             return;
         }
+        let from = replay.fetching_from.take();
+        let whole = replay.current.is_some_and(|(_, forwarded)| forwarded.next() == next);
         // The member may hold all of the part durably by now.
-        let gave_something = replay.fetching_from.take().is_some_and(|from| next > from);
+        let gave_something = whole && from.is_some_and(|from| next > from);
         if !gave_something {
             self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
             self.start_over(now);
@@ -355,7 +377,10 @@ impl<T> Volume<T> {
                     self.refuse_late(now);
                 }
             }
-            Step::Replay(_) => self.advance_replay(now),
+            Step::Replay(_) => {
+                self.advance_replay(now);
+                self.refuse_stalled(now);
+            }
             Step::Start { seq } => {
                 let (seq, not_before) = (*seq, activation.serve_not_before);
                 self.advance_view();
@@ -465,6 +490,24 @@ impl<T> Volume<T> {
         {
             replay.fetching_from = Some(forwarded.next());
             self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
+            self.progressed(now);
+        }
+    }
+
+    fn progressed(&mut self, now: Time) {
+        if let Some(activation) = self.activation() {
+            activation.step_since = now;
+        }
+    }
+
+    fn refuse_stalled(&mut self, now: Time) {
+        let Phase::Activating(Activation { step: Step::Replay(replay), step_since, .. }) = &self.phase else { return };
+        if let Some((target, _)) = replay.current
+            && now.saturating_sub(*step_since) >= self.settings.start_timeout
+        {
+            let peer = &self.peers[target];
+            let (replica, at) = (peer.name.clone(), peer.durable);
+            self.refuse_start(StartRefusal::Stalled { replica, at });
         }
     }
 

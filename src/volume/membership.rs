@@ -165,7 +165,15 @@ impl<T> Volume<T> {
         let Some(view) = membership.in_force.without(&name) else { return };
         let Some(log) = &self.log else { return };
         let ranges_max = ViewChange::ranges_max(self.record_payload_bytes_max).max(1);
-        let unacknowledged = merge(log.ranges_after(self.peers[id].durable), ranges_max);
+        let unacknowledged = match reason {
+            // What it holds is not known.
+            DropReason::LostData | DropReason::Absent => {
+                vec![ByteRange { offset: 0, length: self.settings.size_bytes }]
+            }
+            DropReason::LagBytes | DropReason::LagTime | DropReason::NoSpace | DropReason::Poisoned => {
+                merge(log.ranges_after(self.peers[id].durable), ranges_max)
+            }
+        };
         let change = ViewChange { view: view.clone(), subject: name.clone(), unacknowledged };
         let nowhere = ByteRange { offset: 0, length: 0 };
         let seq = self.append(now, RecordKind::ViewChange, nowhere, false, change.encode());
@@ -175,6 +183,13 @@ impl<T> Volume<T> {
             membership.pending = Some(Pending { view, seq });
         }
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
+    }
+
+    /// Whether too few members are in the view or in reach to acknowledge anything.
+    pub(super) fn is_frozen(&self) -> bool {
+        let Some(Membership { in_force: view, .. }) = &self.membership else { return false };
+        let reachable = self.peers.iter().filter(|p| p.is_ready_member() && view.contains(&p.name)).count();
+        reachable < self.settings.ack_write.needed(view.len()) || view.len() < self.settings.min_replicas
     }
 
     /// Whether no member has room on its disk.

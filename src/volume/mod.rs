@@ -71,7 +71,7 @@ pub struct VolumeSettings {
     pub throttle: bool,
     /// With fewer members nothing is acknowledged.
     pub min_replicas: usize,
-    /// Requests that wait longer fail.
+    /// Requests fail when too few members have been in reach for so long.
     pub freeze: Duration,
     /// How long a confirmation of the epoch allows reads.
     pub lease: Duration,
@@ -258,6 +258,8 @@ pub struct Volume<T> {
     /// Changes that wait for room in the log, in order; the first may be partly given out.
     held: VecDeque<HeldChange<T>>,
     reads: Reads<T>,
+    /// Since when too few members can be reached.
+    frozen_since: Option<Time>,
     stable_told: Seq,
     stable_told_at: Time,
     next_token: u64,
@@ -277,7 +279,6 @@ struct HeldChange<T> {
     request: Request,
     /// Bytes of its range that already have places.
     given_out: u64,
-    queued_at: Time,
 }
 
 const STABLE_INTERVAL: Duration = Duration::from_millis(50);
@@ -303,6 +304,7 @@ impl<T> Volume<T> {
             flush_acks: Acks::new(),
             held: VecDeque::new(),
             reads: Reads::new(),
+            frozen_since: None,
             stable_told: Seq(0),
             stable_told_at: Time::ZERO,
             next_token: 0,
@@ -388,7 +390,7 @@ impl<T> Volume<T> {
         match message {
             ToEngine::Welcome(welcome) => self.on_welcome(now, peer, welcome),
             ToEngine::Promised(promised) => self.on_promised(now, peer, promised),
-            ToEngine::Durable { seq } => self.on_durable(peer, seq),
+            ToEngine::Durable { seq } => self.on_durable(now, peer, seq),
             ToEngine::Pong { token } => {
                 let at = &mut self.peers[peer];
                 if let Some((_, sent_at)) = at.ping.take_if(|(sent, _)| *sent == token) {
@@ -430,15 +432,7 @@ impl<T> Volume<T> {
     /// Ends the volume: every request fails.
     fn die(&mut self, failure: Failure) {
         self.phase = Phase::Dead;
-        let mut tokens = Vec::new();
-        while let Some(token) = self.write_acks.pop().or_else(|| self.flush_acks.pop()) {
-            tokens.push(token);
-        }
-        tokens.extend(self.reads.take_all());
-        tokens.extend(self.held.drain(..).map(|h| h.token));
-        for token in tokens {
-            self.complete(token, Err(failure));
-        }
+        self.fail_waiting(failure);
     }
 
     fn on_condition(&mut self, now: Time, peer: PeerId, condition: Condition) {
@@ -468,14 +462,14 @@ impl<T> Volume<T> {
             Request::Flush => match &self.log {
                 Some(log) => {
                     let last = log.last();
-                    self.flush_acks.push(last, token, now);
+                    self.flush_acks.push(last, token);
                     self.release_committed();
                 }
                 None => self.complete(token, Err(Failure::Io)),
             },
             Request::Write { .. } | Request::Zero { .. } => {
                 self.counts.writes += 1;
-                self.held.push_back(HeldChange { token, request, given_out: 0, queued_at: now });
+                self.held.push_back(HeldChange { token, request, given_out: 0 });
                 self.give_out(now);
                 self.enforce_limits(now);
             }
@@ -499,10 +493,10 @@ impl<T> Volume<T> {
             let last = log.last();
             match request {
                 Request::Write { fua: false, .. } | Request::Zero { fua: false, .. } => {
-                    self.write_acks.push(last, token, now);
+                    self.write_acks.push(last, token);
                 }
                 Request::Write { .. } | Request::Zero { .. } | Request::Flush | Request::Read(_) => {
-                    self.flush_acks.push(last, token, now);
+                    self.flush_acks.push(last, token);
                 }
             }
         }
@@ -557,11 +551,19 @@ impl<T> Volume<T> {
 
     // ---- progress ----------------------------------------------------------------------------------------------
 
-    fn on_durable(&mut self, peer: PeerId, seq: Seq) {
+    fn on_durable(&mut self, now: Time, peer: PeerId, seq: Seq) {
+        let sent = self.replay_sent(peer).unwrap_or(self.peers[peer].sent());
         let at = &mut self.peers[peer];
-        if at.is_ready() && seq > at.durable {
-            at.durable = seq;
+        if !at.is_ready() || seq <= at.durable {
+            return;
         }
+        if seq > sent {
+            // Believing it would acknowledge what no disk holds.
+            at.last_error = Some(format!("it acknowledged record {seq}, but was sent no more than {sent}"));
+            self.disconnect(now, peer);
+            return self.activation_lost(now, peer);
+        }
+        at.durable = seq;
     }
 
     /// Draws the consequences of whatever happened.
@@ -642,21 +644,30 @@ impl<T> Volume<T> {
         }
     }
 
-    /// Fails what has waited too long. What has its place in the order keeps it and may still come to pass.
+    /// Fails what waits for members that have been out of reach too long, or for room that no member has. What has its
+    /// place in the order keeps it and may still come to pass.
     fn expire(&mut self, now: Time) {
-        let limit = now.saturating_sub(self.settings.freeze);
-        let mut old = Vec::new();
-        while let Some(token) = self.write_acks.pop_older(limit).or_else(|| self.flush_acks.pop_older(limit)) {
-            old.push(token);
+        let frozen = self.is_frozen();
+        self.frozen_since = frozen.then(|| self.frozen_since.unwrap_or(now));
+        if self.frozen_since.is_some_and(|since| now.saturating_sub(since) >= self.settings.freeze) {
+            self.fail_waiting(Failure::Io);
         }
-        old.extend(self.reads.take_older(limit));
-        for token in old {
-            self.complete(token, Err(Failure::Io));
+        if self.is_full() {
+            while let Some(change) = self.held.pop_front() {
+                self.complete(change.token, Err(Failure::NoSpace));
+            }
         }
-        let full = self.is_full();
-        while self.held.front().is_some_and(|h| h.queued_at < limit || full) {
-            let change = self.held.pop_front().expect("just seen");
-            self.complete(change.token, Err(if full { Failure::NoSpace } else { Failure::Io }));
+    }
+
+    fn fail_waiting(&mut self, failure: Failure) {
+        let mut tokens = Vec::new();
+        while let Some(token) = self.write_acks.pop().or_else(|| self.flush_acks.pop()) {
+            tokens.push(token);
+        }
+        tokens.extend(self.reads.take_all());
+        tokens.extend(self.held.drain(..).map(|h| h.token));
+        for token in tokens {
+            self.complete(token, Err(failure));
         }
     }
 

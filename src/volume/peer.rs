@@ -134,6 +134,11 @@ impl Peer {
         self.sent = durable;
     }
 
+    /// The last record that was sent and can have been acknowledged.
+    pub(super) fn sent(&self) -> Seq {
+        self.sent
+    }
+
     /// Queues a message that may overtake records.
     pub(super) fn push_urgent(&mut self, message: ToAgent) {
         self.urgent.push_back(message);

@@ -41,7 +41,6 @@ pub(super) struct Held {
 #[derive(Debug)]
 struct ReadOp<T> {
     token: T,
-    queued_at: Time,
     parts: Vec<Option<Bytes>>,
     missing: usize,
 }
@@ -90,7 +89,7 @@ impl<T> Reads<T> {
             offset += length;
         }
         let parts = vec![None; pieces.len()];
-        self.ops.insert(read, ReadOp { token, queued_at: now, missing: parts.len(), parts });
+        self.ops.insert(read, ReadOp { token, missing: parts.len(), parts });
         pieces
     }
 
@@ -126,12 +125,6 @@ impl<T> Reads<T> {
         let pieces = &self.pieces;
         self.held.retain(|h| pieces.contains_key(&h.piece));
         self.ops.remove(&read).map(|op| op.token)
-    }
-
-    /// Takes the requests that have waited since before `limit`.
-    pub(super) fn take_older(&mut self, limit: Time) -> Vec<T> {
-        let old: Vec<u64> = self.ops.iter().filter(|(_, op)| op.queued_at < limit).map(|(id, _)| *id).collect();
-        old.into_iter().filter_map(|read| self.drop_read(read)).collect()
     }
 
     /// Takes all requests.

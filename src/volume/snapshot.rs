@@ -98,17 +98,8 @@ impl<T> Volume<T> {
         match &self.phase {
             Phase::Activating(_) => VolumeState::Starting,
             Phase::Dead => VolumeState::Failed,
-            Phase::Serving => {
-                let Some(membership) = &self.membership else { return VolumeState::Failed };
-                let view = &membership.in_force;
-                let reachable = self.peers.iter().filter(|p| p.is_ready_member() && view.contains(&p.name)).count();
-                let enough = reachable >= self.settings.ack_write.needed(view.len());
-                if enough && view.len() >= self.settings.min_replicas {
-                    VolumeState::Serving
-                } else {
-                    VolumeState::Frozen
-                }
-            }
+            Phase::Serving if self.is_frozen() => VolumeState::Frozen,
+            Phase::Serving => VolumeState::Serving,
         }
     }
 

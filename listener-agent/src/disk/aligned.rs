@@ -1,11 +1,11 @@
-//! A growable buffer whose first byte lies at a multiple of a block, as direct I/O asks for.
+//! A buffer whose first byte lies at a multiple of a block, as direct I/O asks for.
 
 use bytes::BufMut;
 use protocol::BLOCK_BYTES;
 
 const ALIGN: usize = BLOCK_BYTES as usize;
 
-/// The buffer. Its capacity is fixed when it is made.
+/// The buffer. Its capacity is fixed when it is made or reset.
 #[derive(Debug)]
 pub struct AlignedBuffer {
     memory: Vec<u8>,
@@ -21,6 +21,14 @@ impl AlignedBuffer {
         let start = address.next_multiple_of(ALIGN) - address;
         memory.resize(start, 0);
         AlignedBuffer { memory, start }
+    }
+
+    /// Empties the buffer and makes room for `capacity_bytes`; memory that suffices is kept.
+    pub fn reset(&mut self, capacity_bytes: usize) {
+        self.memory.truncate(self.start);
+        if self.memory.capacity() - self.start < capacity_bytes {
+            *self = AlignedBuffer::with_capacity(capacity_bytes);
+        }
     }
 
     /// Bytes put so far.
@@ -70,5 +78,10 @@ mod tests {
         assert_eq!(buffer.as_slice().as_ptr().addr() % ALIGN, 0);
         assert_eq!(buffer.len(), 2 * ALIGN);
         assert_eq!(buffer.as_slice()[4999..5001], [7, 0]);
+        for capacity in [ALIGN, 10 * ALIGN] {
+            buffer.reset(capacity);
+            buffer.put(&[1; ALIGN]);
+            assert_eq!((buffer.len(), buffer.as_slice().as_ptr().addr() % ALIGN), (ALIGN, 0));
+        }
     }
 }

@@ -61,7 +61,17 @@ pub fn group_bytes<'a>(records: impl IntoIterator<Item = &'a Record>) -> u64 {
 /// If there are no records.
 #[must_use]
 pub fn encode(generation: u64, records: &[Record]) -> AlignedBuffer {
-    let mut out = AlignedBuffer::with_capacity(group_bytes(records) as usize);
+    let mut out = AlignedBuffer::with_capacity(0);
+    encode_into(generation, records, &mut out);
+    out
+}
+
+/// Encodes a group into a buffer that may be used again.
+///
+/// # Panics
+/// If there are no records.
+pub fn encode_into(generation: u64, records: &[Record], out: &mut AlignedBuffer) {
+    out.reset(group_bytes(records) as usize);
     let group_first = records[0].seq();
     for record in records {
         let mut fields = Vec::with_capacity(ENTRY_HEADER_BYTES);
@@ -75,7 +85,6 @@ pub fn encode(generation: u64, records: &[Record]) -> AlignedBuffer {
         out.put(&record.payload);
     }
     out.pad_to_block();
-    out
 }
 
 /// Decodes the records of one group, as long as they are sound and in order.

@@ -1,0 +1,241 @@
+//! The `listener-agent` program: command line and the foreground server.
+//!
+//! Owns no logic of replicas: it parses arguments, calls the library and prints what comes back.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use listener_agent::config::{AGENT_SAMPLE, AgentConfig, Endpoint};
+use listener_agent::console::{self, ConsoleArgs, Failure, SHUTDOWN_MAX, ShutdownSignals, say};
+use listener_agent::inspect::{self, VerifyReport};
+use listener_agent::server::AgentServer;
+use tokio::sync::watch;
+
+const PROGRAM: &str = "listener-agent";
+
+/// Bad blocks that `verify` prints one by one; the rest is only counted.
+const BAD_BLOCKS_SHOWN: usize = 100;
+
+/// Holds one full replica of each nbdcast volume in a data directory and serves it to the engine
+#[derive(Debug, Parser)]
+#[command(
+    name = PROGRAM,
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: Option<ServeArgs>,
+    #[command(flatten)]
+    console: ConsoleArgs,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+struct ServeArgs {
+    /// Config file; config/listener-agent.toml is a complete sample
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["listen", "data"])]
+    config: Option<PathBuf>,
+    /// Where engines connect: host:port or unix:/path [default: 127.0.0.1:10811]
+    #[arg(long, value_name = "ADDRESS", requires = "data")]
+    listen: Option<Endpoint>,
+    /// Data directory; each volume has its replica in DIR/VOLUME/
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what a replica directory holds, without a running agent: identity, position, view, journal
+    Inspect {
+        /// Directory of one replica: DATA/VOLUME
+        dir: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check every block of a replica against its checksum, without a running agent
+    Verify {
+        /// Directory of one replica: DATA/VOLUME
+        dir: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.console.init_logging();
+    console::run(PROGRAM, async {
+        match (cli.command, cli.serve) {
+            (Some(Command::Inspect { dir, json }), _) => inspect_directory(&dir, json),
+            (Some(Command::Verify { dir }), _) => verify_directory(&dir),
+            (None, Some(args)) => serve(&agent_config(args)?).await,
+            (None, None) => Err(nothing_to_serve()),
+        }
+    })
+}
+
+fn nothing_to_serve() -> Failure {
+    Failure::usage("no data directory was given")
+        .remedy("give --config FILE, or --data DIR with --listen ADDRESS if the default is not wanted")
+}
+
+fn agent_config(args: ServeArgs) -> Result<AgentConfig, Failure> {
+    if let Some(file) = args.config {
+        return AgentConfig::load(&file).map_err(|error| Failure::usage(&error).remedy(error.remedy(AGENT_SAMPLE)));
+    }
+    let data = args.data.ok_or_else(nothing_to_serve)?;
+    let listen = args.listen.unwrap_or_else(AgentConfig::default_listen);
+    Ok(AgentConfig::new(listen, data))
+}
+
+/// Serves until a signal; then gives what is in flight a bounded time to finish.
+async fn serve(config: &AgentConfig) -> Result<(), Failure> {
+    let mut signals = ShutdownSignals::install()?;
+    let fail = |error: listener_agent::server::AgentError| Failure {
+        exit_code: error.exit_code(),
+        remedy: error.remedy(),
+        message: error.to_string(),
+    };
+    let server = AgentServer::bind(config).await.map_err(fail)?;
+    say(format_args!("ready {}", server.local_address()))?;
+
+    let (stop, stopping) = watch::channel(false);
+    let mut serving = tokio::spawn(server.serve(stopping));
+    let ended = tokio::select! {
+        ended = &mut serving => ended,
+        name = signals.next() => {
+            tracing::info!(signal = name, "stopping");
+            signals.exit_on_next(PROGRAM);
+            stop.send_replace(true);
+            tokio::time::timeout(SHUTDOWN_MAX, serving).await.map_err(|_| {
+                Failure::failed(format_args!(
+                    "work in flight did not finish within {} ms; stopped without marking the replicas clean",
+                    SHUTDOWN_MAX.as_millis()
+                ))
+                .remedy("check the disk of the data directory; the next start replays the journal")
+            })?
+        }
+    };
+    match ended {
+        Ok(served) => served.map_err(fail),
+        Err(error) => Err(Failure::failed(format_args!("the server task ended: {error}"))),
+    }
+}
+
+fn inspect_failure(error: inspect::InspectError) -> Failure {
+    let failure = Failure::failed(&error);
+    match error.remedy() {
+        Some(remedy) => failure.remedy(remedy),
+        None => failure,
+    }
+}
+
+fn inspect_directory(dir: &Path, json: bool) -> Result<(), Failure> {
+    let report = inspect::inspect(dir).map_err(inspect_failure)?;
+    if !json {
+        return say(report);
+    }
+    let json = serde_json::to_string_pretty(&report)
+        .map_err(|error| Failure::failed(format_args!("cannot write the report: {error}")))?;
+    say(json)
+}
+
+fn verify_directory(dir: &Path) -> Result<(), Failure> {
+    let mut progress = Progress::new();
+    let report = inspect::verify(dir, &mut |done, total| progress.show(done, total));
+    progress.clear();
+    let report = report.map_err(inspect_failure)?;
+    for bad in report.bad.iter().take(BAD_BLOCKS_SHOWN) {
+        say(bad)?;
+    }
+    verdict(dir, &report)
+}
+
+fn verdict(dir: &Path, report: &VerifyReport) -> Result<(), Failure> {
+    let (dir, blocks, bad) = (dir.display(), report.blocks, report.bad.len());
+    if bad == 0 {
+        return say(format_args!("{dir}: {blocks} blocks, all good"));
+    }
+    if let Some(more) = bad.checked_sub(BAD_BLOCKS_SHOWN).filter(|more| *more > 0) {
+        say(format_args!("... and {more} more"))?;
+    }
+    Err(Failure::failed(format_args!("{dir}: {bad} of {blocks} blocks differ from their checksum"))
+        .remedy("keep the directory; another replica of the volume holds these blocks"))
+}
+
+/// The percentage line of `verify`, on standard error and only if that is a terminal.
+struct Progress {
+    wanted: bool,
+    shown: Option<u64>,
+}
+
+impl Progress {
+    fn new() -> Progress {
+        Progress { wanted: io::stderr().is_terminal(), shown: None }
+    }
+
+    fn show(&mut self, done: u64, total: u64) {
+        let percent =
+            (u128::from(done) * 100).checked_div(u128::from(total)).and_then(|percent| u64::try_from(percent).ok());
+        if self.wanted && percent.is_some() && percent != self.shown {
+            self.shown = percent;
+            // Progress is a courtesy: a lost terminal must not stop the check.
+            let _ = write!(io::stderr(), "\rverify: {} %", percent.unwrap_or(100));
+        }
+    }
+
+    fn clear(&mut self) {
+        if self.shown.take().is_some() {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Cli, clap::error::ErrorKind> {
+        Cli::try_parse_from([&[PROGRAM], args].concat()).map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_agent_is_served_from_a_file_or_from_arguments() {
+        let config = parse(&["--config", "a.toml"]).expect("a config file");
+        assert!(config.command.is_none());
+        let args = parse(&["--listen", "127.0.0.1:0", "--data", "d"]).expect("arguments");
+        let config = agent_config(args.serve.expect("serve arguments")).expect("a config");
+        assert_eq!(config.listen.to_string(), "127.0.0.1:0");
+        let args = parse(&["--data", "d"]).expect("a data directory");
+        let config = agent_config(args.serve.expect("serve arguments")).expect("a config");
+        assert_eq!(config.listen, AgentConfig::default_listen());
+    }
+
+    #[test]
+    fn half_or_doubled_arguments_are_usage_errors() {
+        use clap::error::ErrorKind;
+        assert_eq!(parse(&[]).unwrap_err(), ErrorKind::MissingRequiredArgument);
+        assert_eq!(parse(&["--listen", "127.0.0.1:0"]).unwrap_err(), ErrorKind::MissingRequiredArgument);
+        assert_eq!(parse(&["--config", "f", "--data", "d"]).unwrap_err(), ErrorKind::ArgumentConflict);
+        assert_eq!(parse(&["--data", "d", "--listen", "nowhere"]).unwrap_err(), ErrorKind::ValueValidation);
+    }
+
+    #[test]
+    fn the_offline_commands_need_nothing_else() {
+        let cli = parse(&["inspect", "d/vol0", "--json", "-v"]).expect("inspect");
+        assert!(matches!(cli.command, Some(Command::Inspect { json: true, .. })));
+        let cli = parse(&["verify", "d/vol0"]).expect("verify");
+        assert!(matches!(cli.command, Some(Command::Verify { .. })));
+    }
+}

@@ -1,0 +1,447 @@
+//! The agent as engines meet it: listens, opens the replicas of its data directory, and joins each connection with the
+//! replica it asks for. Owns no rule of replication.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use protocol::message::{Format, Hello, Refused, RefusedReason};
+use protocol::wire::{Prefix, frame_to_engine};
+use protocol::{ReplicaName, ToAgent, ToEngine};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, error, info, warn};
+
+use crate::config::{AgentConfig, Endpoint};
+use crate::connection::{ConnectionError, FrameReader, write_frames};
+use crate::directory::{self, DirectoryError, NewReplica};
+use crate::host::{Reach, ReplicaHost};
+use crate::journal;
+use crate::superblock::Identity;
+
+const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(10);
+/// An engine that takes so little of what it asked for that more than this waits for it is cut off.
+const OUTBOX_BYTES_MAX: usize = 128 << 20;
+const CLOSE_MAX: Duration = Duration::from_secs(4);
+
+/// Why an agent does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The address cannot be listened at.
+    #[error("cannot listen at {address}: {cause}")]
+    Bind {
+        /// The address.
+        address: Endpoint,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The data directory is not there.
+    #[error("the data directory {path} cannot be read: {cause}")]
+    Data {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// A replica could not be closed in good order.
+    #[error("volume {volume}: the replica did not finish its work in time; it was not marked clean")]
+    Unclean {
+        /// The volume.
+        volume: String,
+    },
+}
+
+impl AgentError {
+    /// The exit code that it calls for.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        1
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        Some(match self {
+            AgentError::Bind { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse => {
+                "stop the program that listens there (`ss -ltnp` shows it), or choose another `listen`".to_owned()
+            }
+            AgentError::Bind { .. } => "choose another `listen`".to_owned(),
+            AgentError::Data { path, cause } if cause.kind() == io::ErrorKind::NotFound => {
+                format!("mount the disk that holds it, or make it: mkdir -p {}", path.display())
+            }
+            AgentError::Data { .. } => "check the path and its permissions".to_owned(),
+            AgentError::Unclean { .. } => "nothing is lost: the next start replays the journal".to_owned(),
+        })
+    }
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// An agent that has its address and its replicas.
+pub struct AgentServer {
+    listener: Listener,
+    address: String,
+    replicas: Arc<Replicas>,
+    connections: Arc<Semaphore>,
+}
+
+/// The replicas of the data directory, by volume.
+struct Replicas {
+    data: PathBuf,
+    /// Block devices for new replicas, by volume.
+    images: BTreeMap<ReplicaName, PathBuf>,
+    open: Mutex<BTreeMap<ReplicaName, Arc<ReplicaHost>>>,
+}
+
+impl AgentServer {
+    /// Takes the address and opens all replicas. One that cannot be opened is reported and does not keep the others
+    /// from service.
+    pub async fn bind(config: &AgentConfig) -> Result<AgentServer, AgentError> {
+        let bind_error = |cause| AgentError::Bind { address: config.listen.clone(), cause };
+        let listener = listen(&config.listen).await.map_err(bind_error)?;
+        let address = match &listener {
+            Listener::Tcp(socket) => socket.local_addr().map_err(bind_error)?.to_string(),
+            Listener::Unix(_, _) => config.listen.to_string(),
+        };
+        let replicas =
+            Arc::new(Replicas { data: config.data.clone(), images: config.images.clone(), open: Mutex::default() });
+        let opening = replicas.clone();
+        let volumes =
+            volumes_in(&config.data).map_err(|cause| AgentError::Data { path: config.data.clone(), cause })?;
+        let opened = tokio::task::spawn_blocking(move || {
+            for volume in &volumes {
+                if let Err(e) = opening.host(volume) {
+                    error!("volume {volume}: {e}; it is not served");
+                }
+            }
+        });
+        opened.await.map_err(|e| AgentError::Data { path: config.data.clone(), cause: io::Error::other(e) })?;
+        let connections = Arc::new(Semaphore::new(config.limits.connections_max as usize));
+        Ok(AgentServer { listener, address, replicas, connections })
+    }
+
+    /// Where engines connect.
+    #[must_use]
+    pub fn local_address(&self) -> String {
+        self.address.clone()
+    }
+
+    /// Serves until `shutdown` turns true, then marks every replica clean.
+    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
+        let mut sessions = JoinSet::new();
+        let stopped = async move {
+            // A sender that is gone means the same as one that says stop.
+            let _ = shutdown.wait_for(|stop| *stop).await;
+        };
+        tokio::pin!(stopped);
+        loop {
+            tokio::select! {
+                accepted = self.accept(&mut sessions) => if let Err(e) = accepted {
+                    warn!("cannot accept a connection: {e}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                },
+                () = &mut stopped => break,
+            }
+        }
+        if let Listener::Unix(_, path) = &self.listener {
+            // Left behind it would do no harm: the next start replaces a socket nobody listens at.
+            let _ = std::fs::remove_file(path);
+        }
+        let replicas = self.replicas.clone();
+        let closing = tokio::task::spawn_blocking(move || replicas.close_all(Instant::now() + CLOSE_MAX));
+        closing.await.unwrap_or(Ok(()))
+    }
+
+    async fn accept(&self, sessions: &mut JoinSet<()>) -> io::Result<()> {
+        while sessions.try_join_next().is_some() {}
+        match &self.listener {
+            Listener::Tcp(listener) => {
+                let (stream, from) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                let (reader, writer) = stream.into_split();
+                self.begin(sessions, from.to_string(), reader, writer);
+            }
+            Listener::Unix(listener, _) => {
+                let (reader, writer) = listener.accept().await?.0.into_split();
+                self.begin(sessions, "a local engine".to_owned(), reader, writer);
+            }
+        }
+        Ok(())
+    }
+
+    fn begin<R, W>(&self, sessions: &mut JoinSet<()>, from: String, reader: R, writer: W)
+    where
+        R: AsyncRead + Unpin + Send + 'static,
+        W: AsyncWrite + Unpin + Send + 'static,
+    {
+        let Ok(permit) = self.connections.clone().try_acquire_owned() else {
+            warn!("refused {from}: limits.connections_max is reached");
+            return;
+        };
+        let replicas = self.replicas.clone();
+        sessions.spawn(async move {
+            match converse(&replicas, FrameReader::new(reader), writer, permit).await {
+                Ok(()) => debug!("session with {from} ended"),
+                Err(e @ (ConnectionError::Closed | ConnectionError::Io(_))) => debug!("session with {from} ended: {e}"),
+                Err(e @ ConnectionError::Wire(_)) => warn!("closed the session with {from}: {e}"),
+            }
+        });
+    }
+}
+
+async fn listen(endpoint: &Endpoint) -> io::Result<Listener> {
+    match endpoint {
+        Endpoint::Tcp { host, port } => Ok(Listener::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
+        Endpoint::Unix(path) => {
+            if path.exists() && UnixStream::connect(path).await.is_err() {
+                std::fs::remove_file(path)?;
+            }
+            Ok(Listener::Unix(UnixListener::bind(path)?, path.clone()))
+        }
+    }
+}
+
+fn volumes_in(data: &Path) -> io::Result<Vec<ReplicaName>> {
+    let mut volumes = Vec::new();
+    for entry in std::fs::read_dir(data)? {
+        let entry = entry?;
+        let name = entry.file_name().into_string().ok().and_then(|n| n.parse().ok());
+        if let Some(name) = name.filter(|_| directory::holds_replica(&entry.path())) {
+            volumes.push(name);
+        }
+    }
+    volumes.sort();
+    Ok(volumes)
+}
+
+impl Replicas {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaName, Arc<ReplicaHost>>> {
+        self.open.lock().expect("no thread panicked with the lock")
+    }
+
+    /// The replica of `volume`, opened if it is not yet: it may have been put there since.
+    fn host(&self, volume: &ReplicaName) -> Result<Arc<ReplicaHost>, DirectoryError> {
+        let mut open = self.lock();
+        if let Some(host) = open.get(volume) {
+            return Ok(host.clone());
+        }
+        let host = Arc::new(ReplicaHost::open(&self.data.join(volume.as_str()), Reach::Network)?);
+        open.insert(volume.clone(), host.clone());
+        Ok(host)
+    }
+
+    fn greet(&self, hello: &Hello) -> Result<Arc<ReplicaHost>, Refused> {
+        let host = self.host(&hello.volume).map_err(|e| match e {
+            DirectoryError::Missing { .. } => {
+                refused(RefusedReason::NoReplica, format!("the agent holds no replica of volume {}", hello.volume))
+            }
+            other => refused(RefusedReason::Unusable, other.to_string()),
+        })?;
+        let (volume, replica) = (&host.identity().volume, &host.identity().replica);
+        if *volume != hello.volume || *replica != hello.replica {
+            let text = format!("the agent holds replica {replica} of volume {volume} there");
+            return Err(refused(RefusedReason::NoReplica, text));
+        }
+        Ok(host)
+    }
+
+    fn format(&self, format: Format) -> Result<(), Refused> {
+        let unusable = |text: String| refused(RefusedReason::Unusable, text);
+        let sound = directory::is_size_allowed(format.size_bytes)
+            && directory::is_size_allowed(format.journal_bytes)
+            && format.journal_bytes >= journal::FILE_BYTES_MIN
+            && format.view.contains(&format.replica);
+        if !sound {
+            return Err(unusable("the sizes or members of the new replica make no sense".to_owned()));
+        }
+        let mut open = self.lock();
+        let dir = self.data.join(format.volume.as_str());
+        // One that never served may be made anew; the lock on it is given back first.
+        let pristine = open.get(&format.volume).is_some_and(|host| host.is_pristine());
+        if pristine {
+            open.remove(&format.volume);
+        }
+        let identity = Identity {
+            uuid: format.uuid,
+            volume: format.volume,
+            replica: format.replica,
+            size_bytes: format.size_bytes,
+            journal_bytes: format.journal_bytes,
+        };
+        let label = format!("volume {} replica {}", identity.volume, identity.replica);
+        let image = self.images.get(&identity.volume).cloned();
+        directory::create(&dir, &NewReplica { identity, view: format.view, image }).map_err(|e| match e {
+            DirectoryError::HasData { .. } | DirectoryError::InUse { .. } => {
+                refused(RefusedReason::HasData, e.to_string())
+            }
+            other => unusable(other.to_string()),
+        })?;
+        info!("{label}: made in {}", dir.display());
+        Ok(())
+    }
+
+    fn close_all(&self, deadline: Instant) -> Result<(), AgentError> {
+        let open = std::mem::take(&mut *self.lock());
+        let mut outcome = Ok(());
+        std::thread::scope(|scope| {
+            let closing: Vec<_> =
+                open.iter().map(|(volume, host)| (volume, scope.spawn(move || host.close(deadline)))).collect();
+            for (volume, thread) in closing {
+                if !thread.join().unwrap_or(false) {
+                    outcome = Err(AgentError::Unclean { volume: volume.to_string() });
+                }
+            }
+        });
+        outcome
+    }
+}
+
+fn refused(reason: RefusedReason, text: String) -> Refused {
+    Refused { reason, text }
+}
+
+/// What waits to be written to an engine.
+#[derive(Default)]
+struct Outbox {
+    waiting: Mutex<Waiting>,
+    news: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    messages: VecDeque<ToEngine>,
+    bytes: usize,
+    overrun: bool,
+}
+
+fn bulk_bytes(message: &ToEngine) -> usize {
+    match message {
+        ToEngine::ReadDone { outcome: protocol::message::ReadOutcome::Data { data, .. }, .. } => data.len() + 64,
+        ToEngine::Fetched(record) => record.payload.len() + 64,
+        ToEngine::ReadDone { .. }
+        | ToEngine::Welcome(_)
+        | ToEngine::Formatted
+        | ToEngine::Promised(_)
+        | ToEngine::Durable { .. }
+        | ToEngine::Pong { .. }
+        | ToEngine::FetchEnd { .. }
+        | ToEngine::Condition(_)
+        | ToEngine::Refused(_) => 64,
+    }
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().expect("no thread panicked with the lock")
+    }
+
+    fn push(&self, message: ToEngine) {
+        let mut waiting = self.lock();
+        // Durability is cumulative: the later message says it all.
+        if let (ToEngine::Durable { seq }, Some(ToEngine::Durable { seq: last })) =
+            (&message, waiting.messages.back_mut())
+        {
+            *last = (*last).max(*seq);
+            return;
+        }
+        waiting.bytes += bulk_bytes(&message);
+        if waiting.bytes > OUTBOX_BYTES_MAX {
+            waiting.overrun = true;
+            waiting.messages.clear();
+        } else {
+            waiting.messages.push_back(message);
+        }
+        drop(waiting);
+        self.news.notify_one();
+    }
+
+    /// Waits for messages; `None` if the engine is to be cut off.
+    async fn take(&self) -> Option<Vec<ToEngine>> {
+        loop {
+            {
+                let mut waiting = self.lock();
+                if waiting.overrun {
+                    return None;
+                }
+                if !waiting.messages.is_empty() {
+                    waiting.bytes = 0;
+                    return Some(std::mem::take(&mut waiting.messages).into());
+                }
+            }
+            self.news.notified().await;
+        }
+    }
+}
+
+/// Writes what the outbox gives until a refusal, which ends the session.
+async fn write_outbox(outbox: &Outbox, writer: &mut (impl AsyncWrite + Unpin)) -> Result<(), ConnectionError> {
+    while let Some(messages) = outbox.take().await {
+        let last = messages.iter().any(|m| matches!(m, ToEngine::Refused(_)));
+        write_frames(writer, messages.iter().map(frame_to_engine).collect()).await?;
+        if last {
+            writer.shutdown().await?;
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    replicas: &Arc<Replicas>,
+    mut reader: FrameReader<R>,
+    mut writer: W,
+    _permit: OwnedSemaphorePermit,
+) -> Result<(), ConnectionError> {
+    let timed_out = |_| ConnectionError::Io(io::ErrorKind::TimedOut.into());
+    let first = tokio::time::timeout(FIRST_MESSAGE_MAX, reader.read(Prefix::to_agent)).await.map_err(timed_out)??;
+    let mut first = first.into_iter();
+    let outbox = Arc::new(Outbox::default());
+    let session = match first.next() {
+        Some(ToAgent::Hello(hello)) => {
+            let (replicas, engine) = (replicas.clone(), hello.engine);
+            match blocking(move || replicas.greet(&hello)).await? {
+                Ok(host) => {
+                    let sink = outbox.clone();
+                    Some(host.open_session(engine, Arc::new(move |message| sink.push(message))))
+                }
+                Err(refused) => {
+                    outbox.push(ToEngine::Refused(refused));
+                    None
+                }
+            }
+        }
+        Some(ToAgent::Format(format)) => {
+            let replicas = replicas.clone();
+            let outcome = blocking(move || replicas.format(format)).await?;
+            let answer = outcome.map_or_else(ToEngine::Refused, |()| ToEngine::Formatted);
+            write_frames(&mut writer, vec![frame_to_engine(&answer)]).await?;
+            return Ok(writer.shutdown().await?);
+        }
+        Some(_) | None => {
+            let text = "a session begins with Hello or Format".to_owned();
+            outbox.push(ToEngine::Refused(refused(RefusedReason::Protocol, text)));
+            None
+        }
+    };
+    let Some(session) = session else { return write_outbox(&outbox, &mut writer).await };
+    session.send(first);
+    tokio::select! {
+        ended = write_outbox(&outbox, &mut writer) => ended,
+        ended = async {
+            loop {
+                session.send(reader.read(Prefix::to_agent).await?);
+            }
+        } => ended,
+    }
+}
+
+async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Result<R, ConnectionError> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| ConnectionError::Io(io::Error::other(e)))
+}

@@ -1,0 +1,7 @@
+//! The `nbdcast` program. Everything it does is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nbdcast::cli::main()
+}

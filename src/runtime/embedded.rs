@@ -1,0 +1,223 @@
+//! A replica in the engine's own process: the same replica as an agent's, without a connection between. Messages are
+//! handed over by whichever thread has them, one thread at a time per replica, so that their order is kept.
+
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use listener_agent::directory::DirectoryError;
+use listener_agent::host::{Reach, ReplicaHost, Session};
+use protocol::ToAgent;
+use protocol::message::Hello;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+use super::volume_task::VolumeTask;
+use crate::volume::PeerId;
+
+const REOPEN_AFTER: Duration = Duration::from_millis(100);
+/// Records handed over at a time, bytes.
+const BATCH_BYTES: u64 = 4 << 20;
+
+/// Who hands messages over.
+#[derive(Default)]
+struct Pump {
+    running: bool,
+    again: bool,
+}
+
+struct Shared {
+    dir: PathBuf,
+    volume_name: String,
+    replica_name: String,
+    host: Mutex<Option<Arc<ReplicaHost>>>,
+    session: Mutex<Option<Arc<Session>>>,
+    pump: Mutex<Pump>,
+    /// Counts the sessions: what an earlier one still says is not heard.
+    generation: AtomicU64,
+    disconnect: Notify,
+    volume: OnceLock<Weak<VolumeTask>>,
+}
+
+/// A link to a replica in this process.
+pub(super) struct EmbeddedLink {
+    shared: Arc<Shared>,
+    task: OnceLock<AbortHandle>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().expect("no thread panicked with the lock")
+}
+
+async fn open_host(shared: &Arc<Shared>) -> Result<Arc<ReplicaHost>, DirectoryError> {
+    let opening = shared.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let host = ReplicaHost::open(&opening.dir, Reach::ThisProcess)?;
+        let identity = host.identity();
+        if identity.volume.as_str() != opening.volume_name || identity.replica.as_str() != opening.replica_name {
+            return Err(DirectoryError::OtherReplica {
+                path: opening.dir.clone(),
+                volume: identity.volume.to_string(),
+                replica: identity.replica.to_string(),
+            });
+        }
+        Ok(Arc::new(host))
+    });
+    let failed = |e| DirectoryError::Io { path: shared.dir.clone(), cause: std::io::Error::other(e) };
+    opened.await.map_err(failed)?
+}
+
+impl EmbeddedLink {
+    /// Opens the replica in `dir`. With the error comes a link that goes on trying.
+    pub(super) async fn open(
+        dir: &Path,
+        volume_name: &str,
+        replica_name: &str,
+    ) -> Result<EmbeddedLink, (EmbeddedLink, DirectoryError)> {
+        let shared = Arc::new(Shared {
+            dir: dir.to_owned(),
+            volume_name: volume_name.to_owned(),
+            replica_name: replica_name.to_owned(),
+            host: Mutex::default(),
+            session: Mutex::default(),
+            pump: Mutex::default(),
+            generation: AtomicU64::new(0),
+            disconnect: Notify::new(),
+            volume: OnceLock::new(),
+        });
+        let opened = open_host(&shared).await;
+        let link = EmbeddedLink { shared: shared.clone(), task: OnceLock::new() };
+        match opened {
+            Ok(host) => {
+                *locked(&shared.host) = Some(host);
+                Ok(link)
+            }
+            Err(e) => Err((link, e)),
+        }
+    }
+
+    pub(super) fn start(&self, volume: Weak<VolumeTask>, peer: PeerId) {
+        let _ = self.shared.volume.set(volume);
+        let _ = self.task.set(tokio::spawn(keep_connected(self.shared.clone(), peer)).abort_handle());
+    }
+
+    pub(super) fn disconnect(&self) {
+        self.shared.disconnect.notify_one();
+    }
+
+    /// Hands over what the volume has for the replica, unless another thread is at it and will see to it.
+    pub(super) fn pump(&self, volume: &VolumeTask, peer: PeerId) {
+        {
+            let mut pump = locked(&self.shared.pump);
+            pump.again = true;
+            if pump.running {
+                return;
+            }
+            pump.running = true;
+        }
+        loop {
+            locked(&self.shared.pump).again = false;
+            let messages = volume.take_outbox(peer, BATCH_BYTES);
+            if !messages.is_empty() {
+                self.hand_over(peer, messages);
+                continue;
+            }
+            let mut pump = locked(&self.shared.pump);
+            if !pump.again {
+                pump.running = false;
+                return;
+            }
+        }
+    }
+
+    fn hand_over(&self, peer: PeerId, messages: Vec<ToAgent>) {
+        let mut messages = messages.into_iter().peekable();
+        if let Some(ToAgent::Hello(hello)) = messages.peek() {
+            let hello = hello.clone();
+            messages.next();
+            self.open_session(peer, &hello);
+        }
+        let session = locked(&self.shared.session).clone();
+        if let Some(session) = session {
+            session.send(messages);
+        }
+    }
+
+    fn open_session(&self, peer: PeerId, hello: &Hello) {
+        let Some(host) = locked(&self.shared.host).clone() else { return };
+        let generation = self.shared.generation.load(Ordering::SeqCst);
+        let shared = Arc::downgrade(&self.shared);
+        let session = host.open_session(
+            hello.engine,
+            Arc::new(move |message| {
+                let Some(shared) = shared.upgrade() else { return };
+                let current = shared.generation.load(Ordering::SeqCst) == generation;
+                if let Some(volume) = shared.volume.get().and_then(Weak::upgrade).filter(|_| current) {
+                    volume.received(peer, [message]);
+                }
+            }),
+        );
+        let earlier = locked(&self.shared.session).replace(Arc::new(session));
+        drop(earlier);
+    }
+
+    /// Ends the session and marks the replica clean; returns whether it is.
+    pub(super) async fn close(&self, deadline: Instant) -> bool {
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+        let session = locked(&self.shared.session).take();
+        drop(session);
+        let Some(host) = locked(&self.shared.host).take() else { return true };
+        tokio::task::spawn_blocking(move || host.close(deadline)).await.unwrap_or(false)
+    }
+}
+
+impl Drop for EmbeddedLink {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+    }
+}
+
+/// Keeps a session open: begins a new one when the volume wanted the last one ended, and reopens the replica if it left
+/// service.
+async fn keep_connected(shared: Arc<Shared>, peer: PeerId) {
+    loop {
+        let volume = || shared.volume.get().and_then(Weak::upgrade);
+        let is_open = locked(&shared.host).is_some();
+        if !is_open {
+            match open_host(&shared).await {
+                Ok(host) => *locked(&shared.host) = Some(host),
+                Err(e) => {
+                    let Some(volume) = volume() else { return };
+                    volume.disconnected(peer, e.to_string());
+                    drop(volume);
+                    tokio::time::sleep(REOPEN_AFTER * 10).await;
+                    continue;
+                }
+            }
+        }
+        // What was wanted of an earlier session does not concern this one.
+        let mut disconnected = pin!(shared.disconnect.notified());
+        if disconnected.as_mut().enable() {
+            disconnected.set(shared.disconnect.notified());
+            disconnected.as_mut().enable();
+        }
+        match volume() {
+            Some(volume) => volume.connected(peer),
+            None => return,
+        }
+        disconnected.await;
+        shared.generation.fetch_add(1, Ordering::SeqCst);
+        let session = locked(&shared.session).take();
+        drop(session);
+        let Some(volume) = volume() else { return };
+        volume.disconnected(peer, "the session was ended".to_owned());
+        drop(volume);
+        tokio::time::sleep(REOPEN_AFTER).await;
+    }
+}

@@ -1,0 +1,29 @@
+//! End-to-end tests: the real `nbdcast` and `listener-agent` programs, real NBD clients, real signals, real disks.
+//!
+//! The first group of modules is what the stories need: places, programs, clusters, an NBD client, a writer that
+//! remembers what it was promised. The second group is the stories, one file for each thing that the product claims.
+//! Nothing here looks inside the product: only the command line, the config files, NBD and the admin address are used.
+//!
+//! Environment: `NBDCAST_TEST_SEED` replays one seed, `NBDCAST_TEST_QUICK=1` runs a tenth of the random rounds,
+//! `NBDCAST_TEST_KEEP=1` leaves the test directories behind.
+
+mod cluster;
+mod ledger;
+mod nbd;
+mod plan;
+mod program;
+mod scratch;
+mod seed;
+mod status;
+mod tools;
+mod writer;
+
+mod clients;
+mod crash;
+mod durability;
+mod errors;
+mod policies;
+mod powercut;
+mod replicas;
+mod stall;
+mod wraps;
