@@ -42,6 +42,9 @@ impl Membership {
     }
 }
 
+/// A member that acknowledged nothing for so long hangs.
+const PROGRESS_WINDOW: Time = Time::from_millis(200);
+
 /// A full disk makes a replica leave only after this time: disks shared by several replicas fill up together.
 const FULL_GRACE: Time = Time::from_millis(1000);
 
@@ -183,6 +186,20 @@ impl<T> Volume<T> {
             membership.pending = Some(Pending { view, seq });
         }
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
+    }
+
+    /// Whether a member is half-way to its limit and still makes progress. New changes then wait a little, so that a
+    /// replica that is merely slower for a while is not lost; one that hangs is not waited for.
+    pub(super) fn is_paced(&self, now: Time) -> bool {
+        let Some(log) = self.log.as_ref().filter(|log| log.bytes() > self.settings.lag_bytes_max / 2) else {
+            return false;
+        };
+        let ready = || self.peers.iter().filter(|p| p.is_ready_member());
+        let Some(front) = ready().map(|p| p.durable).max() else { return false };
+        ready().any(|p| {
+            log.bytes_between(p.durable, front) > self.settings.lag_bytes_max / 2
+                && now.saturating_sub(p.progress_at) < PROGRESS_WINDOW
+        })
     }
 
     /// Whether too few members are in the view or in reach to acknowledge anything.

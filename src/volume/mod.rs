@@ -279,8 +279,11 @@ struct HeldChange<T> {
     request: Request,
     /// Bytes of its range that already have places.
     given_out: u64,
+    queued_at: Time,
 }
 
+/// How long a change may be held back for a member that is falling behind: what such a member costs a client at most.
+const PACE_MAX: Duration = Duration::from_millis(20);
 const STABLE_INTERVAL: Duration = Duration::from_millis(50);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -469,7 +472,7 @@ impl<T> Volume<T> {
             },
             Request::Write { .. } | Request::Zero { .. } => {
                 self.counts.writes += 1;
-                self.held.push_back(HeldChange { token, request, given_out: 0 });
+                self.held.push_back(HeldChange { token, request, given_out: 0, queued_at: now });
                 self.give_out(now);
                 self.enforce_limits(now);
             }
@@ -520,6 +523,9 @@ impl<T> Volume<T> {
             if self.log.as_ref().is_none_or(|log| log.bytes() >= bytes_max) || self.is_full() {
                 return false;
             }
+            if now.saturating_sub(change.queued_at) < PACE_MAX && self.is_paced(now) {
+                return false;
+            }
             let step = match kind {
                 RecordKind::Write => u64::from(self.record_payload_bytes_max).min(range.length - change.given_out),
                 RecordKind::Trim | RecordKind::WriteZeroes | RecordKind::EpochStart | RecordKind::ViewChange => {
@@ -564,6 +570,7 @@ impl<T> Volume<T> {
             return self.activation_lost(now, peer);
         }
         at.durable = seq;
+        at.progress_at = now;
     }
 
     /// Draws the consequences of whatever happened.

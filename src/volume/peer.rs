@@ -59,6 +59,8 @@ pub(super) struct Peer {
     pub(super) full_since: Option<Time>,
     /// Every record up to here is durable there.
     pub(super) durable: Seq,
+    /// When it last acknowledged something new.
+    pub(super) progress_at: Time,
     /// The last record handed to the link.
     sent: Seq,
     queued: VecDeque<Queued>,
@@ -85,6 +87,7 @@ impl Peer {
             condition: Condition::Healthy,
             full_since: None,
             durable: Seq(0),
+            progress_at: Time::ZERO,
             sent: Seq(0),
             queued: VecDeque::new(),
             urgent: VecDeque::new(),

@@ -51,7 +51,10 @@ fn crash_rounds(test: &str, victims: Victims, full: u64) {
     let mut cluster = Cluster::serving(plan);
     let ledger = Arc::new(Mutex::new(Ledger::new(seed, cluster.plan.size)));
     for round in 0..seed::rounds(full) {
-        let load = random_load(&mut rng);
+        let mut load = random_load(&mut rng);
+        if matches!(victims, Victims::OneAgent) {
+            (load.depth, load.blocks_max) = (4, 4);
+        }
         println!("round {round}: {load:?}");
         let writer = Writer::start(&cluster.endpoint, VOLUME, &ledger, rng.fork(), load);
         writer.wait_answers(rng.below(800), LIMIT);
