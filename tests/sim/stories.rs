@@ -73,7 +73,8 @@ fn a_stalled_member_is_dropped_at_the_lag_limit_and_writes_go_on() {
         w.done(0, token);
         slowest = slowest.max(w.now - asked);
     }
-    assert!(slowest < ms(20), "the stalled member never shows: {slowest:?}");
+    // A member that was there until just now may cost a pace of 20 ms and a tick, and no more.
+    assert!(slowest < ms(40), "the stalled member shows: {slowest:?}");
     assert!(w.run_until(LONG, |w| w.view(0) == "a b"));
     assert!(w.dropped_for(DropReason::LagBytes));
     assert!(w.durable(2) < w.durable(0));
