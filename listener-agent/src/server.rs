@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -200,11 +201,30 @@ async fn listen(endpoint: &Endpoint) -> io::Result<Listener> {
     match endpoint {
         Endpoint::Tcp { host, port } => Ok(Listener::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
         Endpoint::Unix(path) => {
-            if path.exists() && UnixStream::connect(path).await.is_err() {
-                std::fs::remove_file(path)?;
-            }
+            remove_dead_socket(path).await?;
             Ok(Listener::Unix(UnixListener::bind(path)?, path.clone()))
         }
+    }
+}
+
+/// Makes room for a new socket if the path holds one that nobody listens at. Whatever else is there is left alone: a
+/// slip in the configuration must not cost a file.
+async fn remove_dead_socket(path: &Path) -> io::Result<()> {
+    let metadata = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    if !metadata.file_type().is_socket() {
+        let text = "a file that is not a socket is there";
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+    }
+    match UnixStream::connect(path).await {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        // One that takes no more connections just now is alive too.
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::AddrInUse.into()),
+        Err(e) => Err(e),
+        Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
     }
 }
 
@@ -444,4 +464,27 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
 
 async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Result<R, ConnectionError> {
     tokio::task::spawn_blocking(work).await.map_err(|e| ConnectionError::Io(io::Error::other(e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_dead_socket_makes_room_for_a_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        std::fs::write(&path, "precious").unwrap();
+        let endpoint = Endpoint::Unix(path.clone());
+        let refused = listen(&endpoint).await.err().map(|e| e.kind());
+        assert_eq!(refused, Some(io::ErrorKind::AlreadyExists));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+
+        std::fs::remove_file(&path).unwrap();
+        let alive = listen(&endpoint).await.unwrap();
+        assert_eq!(listen(&endpoint).await.err().map(|e| e.kind()), Some(io::ErrorKind::AddrInUse));
+        drop(alive);
+        assert!(path.exists());
+        listen(&endpoint).await.unwrap();
+    }
 }
