@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, SeekFrom, flock};
+use rustix::io::Errno;
 
 use crate::disk::file::{Caching, SystemFile};
 use crate::disk::{RawFile, ReplicaFiles};
@@ -62,6 +63,12 @@ pub enum DirectoryError {
         replica: String,
         /// Its volume's identity.
         uuid: VolumeUuid,
+    },
+    /// An image with data lies there, but nothing says whose it is.
+    #[error("{path} holds data, and the superblock that should be beside it is missing")]
+    StrayImage {
+        /// The image.
+        path: PathBuf,
     },
     /// It is another replica than the one asked for.
     #[error("{path} holds replica {replica} of volume {volume}, which is not the one asked for")]
@@ -133,6 +140,9 @@ impl DirectoryError {
             DirectoryError::HasData { .. } => {
                 "to begin anew, move the directory away first; its data is lost to nbdcast then"
             }
+            DirectoryError::StrayImage { .. } => {
+                "keep the image: it is the plain content of a disk; move it away to make a new replica there"
+            }
             DirectoryError::OtherReplica { .. } => "correct `path` of the replica in the configuration",
             DirectoryError::InUse { .. } => "stop the engine or agent that serves it",
             DirectoryError::Superblock { cause: SuperblockError::Version { .. }, .. } => {
@@ -184,22 +194,53 @@ pub fn holds_replica(dir: &Path) -> bool {
 
 /// Refuses a directory with a replica that has served: [`create`] would refuse it too.
 pub fn refuse_data(dir: &Path) -> Result<(), DirectoryError> {
+    lock_unserved(dir).map(drop)
+}
+
+/// As [`refuse_data`]; gives the lock on a replica that is there and never served.
+fn lock_unserved(dir: &Path) -> Result<Option<SystemFile>, DirectoryError> {
     if !holds_replica(dir) {
-        return Ok(());
+        return refuse_stray_image(&dir.join(IMAGE)).map(|()| None);
     }
-    let (superblock, _lock) = read_superblock(dir)?;
+    let (superblock, lock) = read_superblock(dir)?;
     if superblock.promised == Epoch(0) {
-        return Ok(());
+        return Ok(Some(lock));
     }
     let Identity { uuid, volume, replica, .. } = superblock.identity;
     Err(DirectoryError::HasData { path: dir.to_owned(), volume: volume.into(), replica: replica.into(), uuid })
 }
 
+/// An unfinished attempt leaves an image without a byte in it. One with data has lost its superblock.
+fn refuse_stray_image(path: &Path) -> Result<(), DirectoryError> {
+    let is_file = fs::symlink_metadata(path).is_ok_and(|m| m.is_file());
+    if !is_file {
+        return Ok(());
+    }
+    let file = File::open(path).map_err(at(path))?;
+    match rustix::fs::seek(&file, SeekFrom::Data(0)) {
+        Err(Errno::NXIO) => Ok(()),
+        Ok(_) => Err(DirectoryError::StrayImage { path: path.to_owned() }),
+        Err(e) => Err(at(path)(e.into())),
+    }
+}
+
+/// Keeps others from making a replica in `dir` as long as the file is open.
+fn lock_directory(dir: &Path) -> Result<File, DirectoryError> {
+    let file = File::open(dir).map_err(at(dir))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(DirectoryError::InUse { path: dir.to_owned() }),
+        Err(e) => Err(at(dir)(e.into())),
+    }
+}
+
 /// Makes a new replica in `dir`. A replica that never served is made anew; one that did is left alone and refused.
 /// The superblock is written last, so that a directory without one is known to be unfinished.
 pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
-    refuse_data(dir)?;
     fs::create_dir_all(dir).map_err(at(dir))?;
+    let _making = lock_directory(dir)?;
+    // Held to the end: nobody may open the old replica while its files are replaced.
+    let _unserved = lock_unserved(dir)?;
     let superblock_path = dir.join(SUPERBLOCK);
     if superblock_path.exists() {
         fs::remove_file(&superblock_path).map_err(at(&superblock_path))?;
@@ -360,4 +401,51 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
 #[must_use]
 pub fn is_size_allowed(bytes: u64) -> bool {
     bytes >= BLOCK_BYTES && bytes.is_multiple_of(BLOCK_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_replica() -> NewReplica {
+        let identity = Identity {
+            uuid: VolumeUuid([1; 16]),
+            volume: "v".parse().unwrap(),
+            replica: "a".parse().unwrap(),
+            size_bytes: 1 << 20,
+            journal_bytes: 1 << 20,
+        };
+        let view = View::new(vec!["a".parse().unwrap()]).unwrap();
+        NewReplica { identity, view, image: None }
+    }
+
+    #[test]
+    fn an_image_that_lost_its_superblock_is_not_made_anew() {
+        let data = tempfile::tempdir().unwrap();
+        let dir = data.path().join("v");
+        create(&dir, &new_replica()).unwrap();
+        fs::remove_file(dir.join(SUPERBLOCK)).unwrap();
+        create(&dir, &new_replica()).expect("an unfinished attempt is begun anew");
+        fs::remove_file(dir.join(SUPERBLOCK)).unwrap();
+        SystemFile::open(&dir.join(IMAGE), Caching::Buffered).unwrap().write_at(4096, b"precious").unwrap();
+        for refused in [create(&dir, &new_replica()), refuse_data(&dir)] {
+            assert!(matches!(refused, Err(DirectoryError::StrayImage { .. })), "{refused:?}");
+        }
+        assert_eq!(fs::read(dir.join(IMAGE)).unwrap()[4096..4104], *b"precious");
+    }
+
+    #[test]
+    fn a_replica_in_the_making_or_in_use_is_not_made_by_another() {
+        let data = tempfile::tempdir().unwrap();
+        let dir = data.path().join("v");
+        fs::create_dir(&dir).unwrap();
+        let making = lock_directory(&dir).unwrap();
+        assert!(matches!(create(&dir, &new_replica()), Err(DirectoryError::InUse { .. })));
+        drop(making);
+        create(&dir, &new_replica()).unwrap();
+        let opened = open(&dir).unwrap();
+        assert!(matches!(create(&dir, &new_replica()), Err(DirectoryError::InUse { .. })));
+        drop(opened);
+        create(&dir, &new_replica()).unwrap();
+    }
 }
