@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use protocol::message::{Condition, EngineId, ReadOutcome};
-use protocol::{Epoch, Record, ToAgent, ToEngine};
+use protocol::{Epoch, Record, ToAgent, ToEngine, View};
 use tracing::{error, info};
 
 use crate::directory::{self, DirectoryError};
@@ -121,6 +121,12 @@ impl ReplicaHost {
     #[must_use]
     pub fn is_pristine(&self) -> bool {
         self.shared.lock().replica.superblock().promised == Epoch(0)
+    }
+
+    /// The last view that it knows of.
+    #[must_use]
+    pub fn view(&self) -> View {
+        self.shared.lock().replica.superblock().views.view.clone()
     }
 
     /// Figures for people.

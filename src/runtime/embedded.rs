@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use listener_agent::directory::DirectoryError;
 use listener_agent::host::{Reach, ReplicaHost, Session};
-use protocol::ToAgent;
 use protocol::message::Hello;
+use protocol::{ToAgent, View};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
@@ -96,6 +96,11 @@ impl EmbeddedLink {
             }
             Err(e) => Err((link, e)),
         }
+    }
+
+    /// The last view that the replica knows of; `None` if it cannot be opened.
+    pub(super) fn view(&self) -> Option<View> {
+        locked(&self.shared.host).as_ref().map(|host| host.view())
     }
 
     pub(super) fn start(&self, volume: Weak<VolumeTask>, peer: PeerId) {

@@ -121,15 +121,21 @@ impl VolumeTask {
             writes: Latency::new(),
             ticking: OnceLock::new(),
         });
-        let mut links = Vec::new();
+        let (mut links, mut failed) = (Vec::new(), Vec::new());
         for (peer, replica) in config.replicas.iter().enumerate() {
             links.push(match &replica.place {
                 ReplicaPlace::Agent(endpoint) => Link::Agent(AgentLink::new(endpoint.clone())),
                 ReplicaPlace::Embedded { path, .. } => {
                     let opened = EmbeddedLink::open(&path.join(&config.name), &config.name, &replica.name).await;
-                    Link::Embedded(opened.or_else(|(link, cause)| task.do_without(peer, link, cause))?)
+                    Link::Embedded(opened.unwrap_or_else(|(link, cause)| {
+                        failed.push((peer, cause));
+                        link
+                    }))
                 }
             });
+        }
+        for (peer, cause) in failed {
+            task.do_without(peer, &links, cause)?;
         }
         let links = task.links.get_or_init(|| links);
         for (peer, link) in links.iter().enumerate() {
@@ -143,21 +149,26 @@ impl VolumeTask {
         Ok(task)
     }
 
-    /// A replica in this process cannot be opened: an error if the volume cannot start without it.
+    /// A replica in this process cannot be opened: an error if it is certain that the volume cannot start without it.
+    /// Where it may have left the view before, activation decides.
     fn do_without(
         &self,
         peer: PeerId,
-        link: EmbeddedLink,
+        links: &[Link],
         cause: listener_agent::directory::DirectoryError,
-    ) -> Result<EmbeddedLink, StartError> {
+    ) -> Result<(), StartError> {
         let policy = self.settings.ack_write.weaker(self.settings.ack_flush);
         let replicas = self.settings.replicas.len();
-        let replica = self.settings.replicas[peer].to_string();
-        if policy.activation(replicas) == replicas {
-            return Err(StartError::Replica { volume: self.name().to_owned(), replica, cause });
+        let replica = &self.settings.replicas[peer];
+        let may_have_left = links.iter().any(|link| match link {
+            Link::Agent(_) => true,
+            Link::Embedded(link) => link.view().is_some_and(|view| !view.contains(replica)),
+        });
+        if policy.activation(replicas) == replicas && !may_have_left {
+            return Err(StartError::Replica { volume: self.name().to_owned(), replica: replica.to_string(), cause });
         }
         error!("volume {}, replica {replica}: {cause}", self.name());
-        Ok(link)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Volume<Token>> {
