@@ -98,7 +98,15 @@ struct Replicas {
     data: PathBuf,
     /// Block devices for new replicas, by volume.
     images: BTreeMap<ReplicaName, PathBuf>,
-    open: Mutex<BTreeMap<ReplicaName, Arc<ReplicaHost>>>,
+    slots: Mutex<BTreeMap<ReplicaName, Slot>>,
+}
+
+/// The place of one replica. Locked while it is opened or made, which may take minutes: the other volumes must not wait
+/// for that.
+type Slot = Arc<Mutex<Option<Arc<ReplicaHost>>>>;
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no thread panicked with the lock")
 }
 
 impl AgentServer {
@@ -112,7 +120,7 @@ impl AgentServer {
             Listener::Unix(_, _) => config.listen.to_string(),
         };
         let replicas =
-            Arc::new(Replicas { data: config.data.clone(), images: config.images.clone(), open: Mutex::default() });
+            Arc::new(Replicas { data: config.data.clone(), images: config.images.clone(), slots: Mutex::default() });
         let opening = replicas.clone();
         let volumes =
             volumes_in(&config.data).map_err(|cause| AgentError::Data { path: config.data.clone(), cause })?;
@@ -242,18 +250,22 @@ fn volumes_in(data: &Path) -> io::Result<Vec<ReplicaName>> {
 }
 
 impl Replicas {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ReplicaName, Arc<ReplicaHost>>> {
-        self.open.lock().expect("no thread panicked with the lock")
-    }
-
     /// The replica of `volume`, opened if it is not yet: it may have been put there since.
     fn host(&self, volume: &ReplicaName) -> Result<Arc<ReplicaHost>, DirectoryError> {
-        let mut open = self.lock();
-        if let Some(host) = open.get(volume) {
+        let path = self.data.join(volume.as_str());
+        let slot = match locked(&self.slots).get(volume) {
+            Some(slot) => slot.clone(),
+            // Names that mean nothing here are not remembered.
+            None if !directory::holds_replica(&path) => return Err(DirectoryError::Missing { path }),
+            None => Slot::default(),
+        };
+        let slot = locked(&self.slots).entry(volume.clone()).or_insert(slot).clone();
+        let mut open = locked(&slot);
+        if let Some(host) = &*open {
             return Ok(host.clone());
         }
-        let host = Arc::new(ReplicaHost::open(&self.data.join(volume.as_str()), Reach::Network)?);
-        open.insert(volume.clone(), host.clone());
+        let host = Arc::new(ReplicaHost::open(&path, Reach::Network)?);
+        *open = Some(host.clone());
         Ok(host)
     }
 
@@ -281,13 +293,11 @@ impl Replicas {
         if !sound {
             return Err(unusable("the sizes or members of the new replica make no sense".to_owned()));
         }
-        let mut open = self.lock();
+        let slot = locked(&self.slots).entry(format.volume.clone()).or_default().clone();
+        let mut open = locked(&slot);
         let dir = self.data.join(format.volume.as_str());
         // One that never served may be made anew; the lock on it is given back first.
-        let pristine = open.get(&format.volume).is_some_and(|host| host.is_pristine());
-        if pristine {
-            open.remove(&format.volume);
-        }
+        open.take_if(|host| host.is_pristine());
         let identity = Identity {
             uuid: format.uuid,
             volume: format.volume,
@@ -308,11 +318,13 @@ impl Replicas {
     }
 
     fn close_all(&self, deadline: Instant) -> Result<(), AgentError> {
-        let open = std::mem::take(&mut *self.lock());
+        let slots = std::mem::take(&mut *locked(&self.slots));
+        // One that is still being opened or made has served nobody, and is begun anew at the next start.
+        let open = slots.iter().filter_map(|(volume, slot)| Some((volume, slot.try_lock().ok()?.take()?)));
         let mut outcome = Ok(());
         std::thread::scope(|scope| {
             let closing: Vec<_> =
-                open.iter().map(|(volume, host)| (volume, scope.spawn(move || host.close(deadline)))).collect();
+                open.map(|(volume, host)| (volume, scope.spawn(move || host.close(deadline)))).collect();
             for (volume, thread) in closing {
                 if !thread.join().unwrap_or(false) {
                     outcome = Err(AgentError::Unclean { volume: volume.to_string() });
@@ -359,7 +371,7 @@ fn bulk_bytes(message: &ToEngine) -> usize {
 
 impl Outbox {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().expect("no thread panicked with the lock")
+        locked(&self.waiting)
     }
 
     fn push(&self, message: ToEngine) {
@@ -486,5 +498,29 @@ mod tests {
         drop(alive);
         assert!(path.exists());
         listen(&endpoint).await.unwrap();
+    }
+
+    #[test]
+    fn a_volume_does_not_wait_for_another_that_is_being_opened_or_made() {
+        let data = tempfile::tempdir().unwrap();
+        let replicas = Replicas { data: data.path().to_owned(), slots: Mutex::default() };
+        let format = |volume: &str| Format {
+            volume: volume.parse().unwrap(),
+            replica: "a".parse().unwrap(),
+            uuid: protocol::VolumeUuid([1; 16]),
+            size_bytes: 1 << 20,
+            journal_bytes: 1 << 20,
+            view: protocol::View::new(vec!["a".parse().unwrap()]).unwrap(),
+        };
+        replicas.format(format("busy")).unwrap();
+        replicas.format(format("idle")).unwrap();
+        let slot = locked(&replicas.slots)[&"busy".parse().unwrap()].clone();
+        let _at_work = locked(&slot);
+        replicas.host(&"idle".parse().unwrap()).unwrap();
+        assert!(matches!(replicas.host(&"none".parse().unwrap()), Err(DirectoryError::Missing { .. })));
+        assert_eq!(locked(&replicas.slots).len(), 2);
+        replicas.close_all(Instant::now() + CLOSE_MAX).unwrap();
+        let superblock = directory::read_superblock(&data.path().join("idle")).unwrap().0;
+        assert!(superblock.clean);
     }
 }
