@@ -96,19 +96,22 @@ impl ReplicaHost {
             started: begun,
             label,
         });
-        let mut threads = Vec::new();
-        let mut start = |name: &str, work: fn(&Shared)| {
-            let shared = shared.clone();
+        // From here on an error drops the host, which ends the threads there are and gives the files back.
+        let host = ReplicaHost { shared, identity, threads: Mutex::default() };
+        let start = |name: &str, work: fn(&Shared)| {
+            let shared = host.shared.clone();
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared));
-            threads.push(thread.expect("the system gives threads"));
+            let thread = thread.map_err(|cause| DirectoryError::Io { path: dir.to_owned(), cause })?;
+            host.threads.lock().expect("no thread panicked with the lock").push(thread);
+            Ok(())
         };
-        start("journal", write_journal);
-        start("apply", apply_records);
-        start("metadata", write_metadata);
+        start("journal", write_journal)?;
+        start("apply", apply_records)?;
+        start("metadata", write_metadata)?;
         for _ in 0..READER_THREADS {
-            start("read", serve_reads);
+            start("read", serve_reads)?;
         }
-        Ok(ReplicaHost { shared, identity, threads: Mutex::new(threads) })
+        Ok(host)
     }
 
     /// Who the replica is.
