@@ -11,6 +11,8 @@
 //! **Invariant:** only [`crate::replica`] decides what a superblock says, and nothing that it frees (journal space, an
 //! older promise) is used before the superblock that frees it is durable.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 use std::io;
 
 use bytes::{BufMut, BytesMut};
@@ -281,6 +283,7 @@ pub(crate) mod tests {
         }
     }
 
+    #[allow(clippy::disallowed_types, reason = "the test brings the file that the product is handed")]
     fn file() -> (tempfile::TempDir, SystemFile) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("superblock");

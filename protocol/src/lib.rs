@@ -4,6 +4,8 @@
 //! **Invariant:** nothing here touches a clock, a file, a socket or a task. Bytes that come from outside are checked
 //! before anything is allocated for them, and never panic.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 pub mod checksum;
 pub mod cursor;
 pub mod message;

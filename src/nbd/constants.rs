@@ -2,6 +2,8 @@
 //!
 //! Only numbers the server uses are here; names follow the protocol document without the `NBD_` prefix.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 /// First eight bytes a server sends, "NBDMAGIC".
 pub const SERVER_MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
 /// Second magic of the newstyle greeting and the magic of every option request, "IHAVEOPT".

@@ -4,6 +4,8 @@
 //! the answer before the next one is looked at and no client can pile answers up in memory. It never keeps more of
 //! the input than one option that it will look at, and never allocates for a length that is only claimed.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::backend::ExportInfo;

@@ -3,6 +3,8 @@
 //! Sans-IO. The only encoding so far is the simple reply; [`ReplyStyle`] is where structured replies go, as every
 //! reply is built through it.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 use bytes::Bytes;
 
 use super::backend::IoError;

@@ -3,6 +3,8 @@
 //! Sans-IO. [`judge`] is the one place that knows which error a bad request gets, and it logs the bad values. Nothing
 //! here reads a payload: the verdict says how many bytes follow and whether they are wanted.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 use std::fmt;
 
 use super::constants::{

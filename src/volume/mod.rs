@@ -14,6 +14,8 @@
 //! * Every queue is bounded: the log by `log_bytes_max`, reads by a number per peer, held requests by who submits them.
 //! * No clock, file, socket, thread or randomness in here: time is an argument, and equal inputs give equal outputs.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 mod acks;
 mod activation;
 mod dispatch;

@@ -18,6 +18,8 @@
 //! Only the last group can be torn, as groups are written one at a time. A sound group *behind* a broken record
 //! therefore proves that acknowledged records are damaged: that is an error, never a quiet end of the log.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 pub mod group;
 pub mod recover;
 pub mod ring;

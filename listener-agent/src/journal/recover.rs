@@ -209,6 +209,7 @@ mod tests {
     }
 
     impl Journal {
+        #[allow(clippy::disallowed_types, reason = "the test brings the file that the product is handed")]
         fn new() -> Journal {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("journal");

@@ -15,6 +15,8 @@
 //! * Journal space is reused only after the superblock that gives it up is durable.
 //! * No clock, file, socket, thread or randomness in here: time is an argument.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 mod lease;
 mod reads;
 #[cfg(test)]
