@@ -1,0 +1,213 @@
+//! What a released version wrote stays readable: the files of two small replicas of each format version, kept in
+//! `fixtures/v*/` as text.
+//!
+//! `crashed` was never checkpointed: its records are in the journal alone, its image and checksums are still zeroes.
+//! `clean` was closed in good order. Both hold the same records, so one story is told of both, whatever their version.
+//!
+//! When the format version rises, `NBDCAST_WRITE_FIXTURES=1 cargo test -p listener-agent --test formats` writes the
+//! fixtures of the new version; those of earlier versions are never written again.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use listener_agent::directory::{self, CHECKSUMS, IMAGE, JOURNAL, NewReplica, SUPERBLOCK};
+use listener_agent::host::{Reach, ReplicaHost};
+use listener_agent::image::checksum_file_bytes;
+use listener_agent::inspect::{self, InspectReport};
+use listener_agent::superblock::{self, FORMAT_VERSION, Identity};
+use protocol::ranges::ByteRange;
+use protocol::record::ViewChange;
+use protocol::{Epoch, Position, Record, RecordKind, Seq, ToAgent, ToEngine, View, VolumeUuid};
+
+const SIZE_BYTES: u64 = 64 * 1024;
+const JOURNAL_BYTES: u64 = 128 * 1024;
+const PATIENCE: Duration = Duration::from_secs(10);
+const BYTES_PER_LINE: usize = 32;
+
+/// The files of a replica and their sizes.
+fn files() -> [(&'static str, u64); 4] {
+    [
+        (SUPERBLOCK, superblock::FILE_BYTES),
+        (JOURNAL, JOURNAL_BYTES),
+        (IMAGE, SIZE_BYTES),
+        (CHECKSUMS, checksum_file_bytes(SIZE_BYTES)),
+    ]
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// Offset and bytes of each line that is not all zeroes, in hexadecimal.
+fn to_text(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for (line, chunk) in bytes.chunks(BYTES_PER_LINE).enumerate().filter(|(_, chunk)| chunk.iter().any(|b| *b != 0)) {
+        write!(text, "{:08x} ", line * BYTES_PER_LINE).expect("a string takes everything");
+        for byte in chunk {
+            write!(text, "{byte:02x}").expect("a string takes everything");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn from_text(text: &str, length: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length as usize];
+    for line in text.lines() {
+        let (offset, digits) = line.split_once(' ').expect("an offset and bytes");
+        let offset = usize::from_str_radix(offset, 16).expect("an offset");
+        for (index, pair) in digits.as_bytes().chunks(2).enumerate() {
+            let pair = std::str::from_utf8(pair).expect("two digits");
+            bytes[offset + index] = u8::from_str_radix(pair, 16).expect("two digits");
+        }
+    }
+    bytes
+}
+
+fn names(names: &[&str]) -> View {
+    View::new(names.iter().map(|name| name.parse().expect("a name")).collect()).expect("a view")
+}
+
+fn payload() -> Vec<u8> {
+    (0..600).map(|i| (i % 251) as u8).collect()
+}
+
+/// One record of each kind, in order from place 1.
+fn records() -> Vec<Record> {
+    let change =
+        ViewChange { view: names(&["a", "b"]), subject: "c".parse().expect("a name"), unacknowledged: Vec::new() };
+    let at = |offset, length| ByteRange { offset, length };
+    let parts = [
+        (RecordKind::EpochStart, at(0, 0), Vec::new()),
+        (RecordKind::Write, at(5000, 600), payload()),
+        (RecordKind::Write, at(16_384, 600), payload()),
+        (RecordKind::Trim, at(16_384, 100), Vec::new()),
+        (RecordKind::ViewChange, at(0, 0), change.encode().to_vec()),
+        (RecordKind::WriteZeroes, at(5100, 10), Vec::new()),
+    ];
+    let record = |(seq, (kind, range, payload)): (u64, (RecordKind, ByteRange, Vec<u8>))| {
+        Record::new(Position { epoch: Epoch(1), seq: Seq(seq) }, kind, range, payload.into())
+    };
+    (1..).zip(parts).map(record).collect()
+}
+
+/// The volume as these records leave it.
+fn content() -> Vec<u8> {
+    let mut bytes = vec![0; SIZE_BYTES as usize];
+    bytes[5000..5600].copy_from_slice(&payload());
+    bytes[16_384..16_984].copy_from_slice(&payload());
+    bytes[16_384..16_484].fill(0);
+    bytes[5100..5110].fill(0);
+    bytes
+}
+
+/// Makes a replica in `dir`, as this release does, that holds [`records`] durably.
+fn make(dir: &Path, closed_in_good_order: bool) {
+    let identity = Identity {
+        uuid: VolumeUuid([0x5a; 16]),
+        volume: "fixture".parse().expect("a name"),
+        replica: "a".parse().expect("a name"),
+        size_bytes: SIZE_BYTES,
+        journal_bytes: JOURNAL_BYTES,
+    };
+    directory::create(dir, &NewReplica { identity, view: names(&["a", "b", "c"]), image: None }).expect("created");
+    let host = ReplicaHost::open(dir, Reach::Network).expect("opened");
+    let (said, heard) = mpsc::channel();
+    let engine = [7; 16];
+    let session = host.open_session(
+        engine,
+        Arc::new(move |message| {
+            // The last words of a session may come when nobody listens any more.
+            let _ = said.send(message);
+        }),
+    );
+    let wait_for = |wanted: &dyn Fn(&ToEngine) -> bool| {
+        while !wanted(&heard.recv_timeout(PATIENCE).expect("an answer")) {}
+    };
+    session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }]);
+    wait_for(&|message| matches!(message, ToEngine::Promised(_)));
+    let records = records();
+    let last = Seq(records.len() as u64);
+    session.send(records.into_iter().map(ToAgent::Append));
+    wait_for(&|message| *message == ToEngine::Durable { seq: last });
+    if closed_in_good_order {
+        assert!(host.close(Instant::now() + PATIENCE), "closed in time");
+    }
+}
+
+fn write_fixtures() {
+    for (story, clean) in [("crashed", false), ("clean", true)] {
+        let place = tempfile::tempdir().expect("temporary directory");
+        make(place.path(), clean);
+        let kept = fixtures().join(format!("v{FORMAT_VERSION}")).join(story);
+        fs::create_dir_all(&kept).expect("a directory for the fixture");
+        for (name, _) in files() {
+            // What a crash leaves in image and checksums is anything between nothing and everything.
+            let lost = !clean && (name == IMAGE || name == CHECKSUMS);
+            let bytes = if lost { Vec::new() } else { fs::read(place.path().join(name)).expect("a file") };
+            fs::write(kept.join(name), to_text(&bytes)).expect("a fixture");
+        }
+    }
+}
+
+/// The replica of a fixture, in a directory of its own.
+fn replica(fixture: &Path) -> tempfile::TempDir {
+    let place = tempfile::tempdir().expect("temporary directory");
+    for (name, length) in files() {
+        let text = fs::read_to_string(fixture.join(name)).expect("a fixture");
+        fs::write(place.path().join(name), from_text(&text, length)).expect("a file");
+    }
+    place
+}
+
+fn versions() -> Vec<PathBuf> {
+    let entries = fs::read_dir(fixtures()).expect("the fixtures");
+    entries.map(|entry| entry.expect("an entry").path()).filter(|path| path.is_dir()).collect()
+}
+
+fn check_report(report: &InspectReport, clean: bool) {
+    let last = Position { epoch: Epoch(1), seq: Seq(6) };
+    assert_eq!((report.volume.as_str(), report.replica.as_str()), ("fixture", "a"));
+    assert_eq!(report.uuid, VolumeUuid([0x5a; 16]).to_string());
+    assert_eq!((report.size_bytes, report.position, report.promised), (SIZE_BYTES, last, Epoch(1)));
+    assert_eq!((&report.views.view, &report.views.previous), (&names(&["a", "b"]), &names(&["a", "b", "c"])));
+    assert_eq!((report.views.seq, report.syncing, report.clean), (Seq(5), false, clean));
+    assert_eq!(report.history.entries().len(), 1);
+    assert_eq!((report.journal.records, report.journal.changes, report.journal.view_changes), (6, 4, 1));
+    let checkpoint = if clean { last } else { Position::default() };
+    assert_eq!(report.checkpoint, checkpoint);
+    assert_eq!(report.journal.unapplied_records, last.seq.ahead_of(checkpoint.seq));
+}
+
+#[test]
+fn replicas_of_every_released_version_can_be_read() {
+    if std::env::var_os("NBDCAST_WRITE_FIXTURES").is_some() {
+        write_fixtures();
+    }
+    let versions = versions();
+    assert!(versions.iter().any(|path| path.ends_with(format!("v{FORMAT_VERSION}"))), "no fixture of this version");
+    for version in versions {
+        for (story, clean) in [("crashed", false), ("clean", true)] {
+            println!("fixture {} {story}", version.display());
+            let place = replica(&version.join(story));
+            check_report(&inspect::inspect(place.path()).expect("it can be inspected"), clean);
+            let verified = inspect::verify(place.path(), &mut |_, _| {}).expect("it can be verified");
+            assert_eq!(verified.bad, []);
+
+            drop(directory::open(place.path()).expect("it can be opened"));
+            assert_eq!(fs::read(place.path().join(IMAGE)).expect("the image"), content());
+            let replayed = inspect::verify(place.path(), &mut |_, _| {}).expect("it can be verified");
+            assert_eq!(replayed.bad, []);
+        }
+    }
+}
+
+#[test]
+fn the_text_form_gives_back_every_byte() {
+    let mut bytes = vec![0; 200];
+    (bytes[0], bytes[63], bytes[199]) = (1, 255, 16);
+    assert_eq!(from_text(&to_text(&bytes), 200), bytes);
+}
