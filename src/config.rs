@@ -77,7 +77,7 @@ pub struct VolumeConfig {
     /// Which members a read is sent to. Default adaptive.
     #[serde(default)]
     pub read: ReadPolicy,
-    /// Bytes that a replica may be behind. Default 256 MiB.
+    /// Journal bytes that a replica may be behind. Default 256 MiB.
     #[serde(default = "VolumeConfig::default_lag_bytes_max")]
     pub lag_bytes_max: ByteSize,
     /// Time that a replica may be behind. Default 30 s.
@@ -116,7 +116,7 @@ pub struct AckConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReadPolicy {
-    /// All while queues are shallow, spread by lag when they are deep.
+    /// The one likely to be fastest; another if its answer takes unusually long.
     #[default]
     Adaptive,
     /// All; the first valid answer wins.
@@ -130,7 +130,7 @@ pub enum OnLag {
     /// It leaves the view.
     #[default]
     Drop,
-    /// Clients are slowed down to its pace.
+    /// Clients are slowed down to its pace; it leaves only at the limit of time.
     Throttle,
 }
 

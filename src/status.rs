@@ -64,7 +64,7 @@ pub enum VolumeState {
     Starting,
     /// Answering reads and writes.
     Serving,
-    /// Holding I/O back because fewer than `min_replicas` members are left.
+    /// Holding I/O back: fewer than `min_replicas` members are left, or too few can be reached to acknowledge anything.
     Frozen,
     /// Answering with errors, until the engine is started again.
     Failed,
@@ -92,7 +92,7 @@ pub struct ReplicaStatus {
     pub durable_seq: u64,
     /// Records that it is behind.
     pub lag_records: u64,
-    /// Payload bytes of these records.
+    /// Journal bytes of these records.
     pub lag_bytes: u64,
     /// Age of the oldest of these records, in milliseconds.
     pub lag_ms: u64,
@@ -112,7 +112,7 @@ pub enum ReplicaState {
     Member,
     /// Being brought up to date.
     Syncing,
-    /// Left the view for its lag.
+    /// Left the view.
     Dropped,
     /// Cannot be reached.
     Offline,
