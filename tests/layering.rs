@@ -76,7 +76,7 @@ const RULES: &[Rule] = &[
             "crate::server",
             "crate::directory",
             "crate::disk",
-            "crate::image",
+            "crate::image::Image",
             "crate::inspect",
         ],
         tests_too: false,
@@ -137,8 +137,10 @@ fn written_out(code: &str) -> Vec<String> {
 fn statements(source: &str, tests_too: bool) -> Vec<(usize, String)> {
     let mut statements: Vec<(usize, String)> = Vec::new();
     let mut unfinished_use = false;
-    for (index, line) in source.lines().enumerate() {
-        if line.starts_with("#[cfg(test)]") && !tests_too {
+    let lines: Vec<&str> = source.lines().collect();
+    for (index, line) in lines.iter().enumerate() {
+        let begins_tests = line.starts_with("#[cfg(test)]") && lines.get(index + 1).is_some_and(|l| l.ends_with('{'));
+        if begins_tests && !tests_too {
             break;
         }
         let code = line.split("//").next().unwrap_or_default();
@@ -252,4 +254,6 @@ fn an_import_upwards_is_found_out_over_several_lines() {
 fn comments_and_tests_may_say_what_code_may_not() {
     let source = "//! No tokio in here.\n\n// Unlike std::fs.\n#[cfg(test)]\nmod tests {\n    use std::fs;\n}\n";
     assert!(faults("src/volume/log.rs", source, RULES).is_empty());
+    let source = "//! Tests elsewhere.\n#[cfg(test)]\nmod tests;\nuse std::fs;\n";
+    assert_eq!(faults("src/volume/log.rs", source, RULES), ["src/volume/log.rs:4: may not know std::fs"]);
 }
