@@ -281,6 +281,7 @@ pub fn first_superblock(new: &NewReplica) -> Superblock {
         checkpoint: Position::default(),
         views: ViewState::initial(new.view.clone()),
         history: EpochHistory::default(),
+        acks: None,
         tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
         stable: Seq(0),
     }
@@ -386,7 +387,7 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     let mut durable = checkpoint;
     let recovered = scan(files.journal.as_ref(), start, &mut |record| {
         durable = record.header.position();
-        note_durable(&mut superblock, &record);
+        note_durable(&mut superblock, &record).map_err(io::Error::other)?;
         if record.seq() > checkpoint.seq { image.apply(&record, Trust::InDoubt) } else { Ok(()) }
     })?;
     assert!(durable.seq == recovered.last, "the scan counts what it hands over");

@@ -132,6 +132,12 @@ impl ReplicaHost {
         self.shared.lock().replica.superblock().views.view.clone()
     }
 
+    /// Whether a durable write failed: the replica takes nothing until it is opened anew.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.shared.lock().replica.condition() == Condition::Poisoned
+    }
+
     /// Figures for people.
     #[must_use]
     pub fn counters(&self) -> Counters {
@@ -275,7 +281,7 @@ impl Shared {
     }
 
     fn write_group(&self, job: &GroupJob, buffer: &mut AlignedBuffer) -> io::Result<()> {
-        group::encode_into(job.generation, &job.records, buffer);
+        group::encode_into(job.salt, job.generation, &job.records, buffer);
         self.files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())
     }
 
@@ -294,7 +300,7 @@ impl Shared {
                 error!("{}: reading the journal for another replica: {e}", self.label);
                 break;
             }
-            records.extend(group::decode(&Bytes::from(bytes)));
+            records.extend(group::decode(job.salt, &Bytes::from(bytes)));
         }
         records
     }

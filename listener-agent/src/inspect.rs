@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
 use serde::Serialize;
@@ -74,6 +75,8 @@ pub struct InspectReport {
     pub views: ViewState,
     /// Which epoch gave out which places.
     pub history: EpochHistory,
+    /// The ack policies that its latest epoch served by; none if it never served.
+    pub acks: Option<AckPolicies>,
     /// Whether the replica is being copied to.
     pub syncing: bool,
     /// Whether it was closed in good order.
@@ -143,15 +146,12 @@ fn open(dir: &Path) -> Result<Opened, DirectoryError> {
 fn scan_journal(
     dir: &Path,
     opened: &Opened,
-    on_record: &mut dyn FnMut(&protocol::Record),
+    on_record: &mut dyn FnMut(&protocol::Record) -> std::io::Result<()>,
 ) -> Result<Recovered, InspectError> {
     let superblock = &opened.superblock;
     let start = ScanStart::of(superblock);
-    scan(opened.files.journal.as_ref(), start, &mut |record| {
-        on_record(&record);
-        Ok(())
-    })
-    .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
+    scan(opened.files.journal.as_ref(), start, &mut |record| on_record(&record))
+        .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
 }
 
 /// Reads who the replica in `dir` is and where it stands.
@@ -164,7 +164,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
     let mut position = checkpoint;
     let recovered = scan_journal(dir, &opened, &mut |record| {
         position = record.header.position();
-        note_durable(&mut superblock, record);
+        note_durable(&mut superblock, record).map_err(std::io::Error::other)?;
         journal.records += 1;
         journal.unapplied_records += u64::from(record.seq() > checkpoint.seq);
         match record.header.kind {
@@ -172,6 +172,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
             RecordKind::ViewChange => journal.view_changes += 1,
             RecordKind::EpochStart => {}
         }
+        Ok(())
     })?;
     journal.used_bytes = recovered.ring.used_bytes();
     journal.first = recovered.ring.first();
@@ -185,6 +186,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
         promised: superblock.promised,
         views: superblock.views,
         history: superblock.history,
+        acks: superblock.acks,
         syncing: superblock.syncing,
         clean: superblock.clean,
         generation: superblock.generation,
@@ -232,6 +234,7 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyRe
         if record.seq() > checkpoint && record.header.length > 0 {
             repaired.push(record.header.range().aligned(BLOCK_BYTES));
         }
+        Ok(())
     })?;
     repaired.sort_unstable();
     let in_journal = |block: ByteRange| {

@@ -503,7 +503,7 @@ mod tests {
     #[test]
     fn a_volume_does_not_wait_for_another_that_is_being_opened_or_made() {
         let data = tempfile::tempdir().unwrap();
-        let replicas = Replicas { data: data.path().to_owned(), slots: Mutex::default() };
+        let replicas = Replicas { data: data.path().to_owned(), images: BTreeMap::new(), slots: Mutex::default() };
         let format = |volume: &str| Format {
             volume: volume.parse().unwrap(),
             replica: "a".parse().unwrap(),

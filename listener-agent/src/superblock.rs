@@ -19,6 +19,7 @@ use bytes::{BufMut, BytesMut};
 use protocol::checksum::crc32_of_two;
 use protocol::cursor::{self, Malformed, Reader};
 use protocol::message::EngineId;
+use protocol::quorum::AckPolicies;
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, ReplicaName, Seq, ViewState, VolumeUuid};
 
 use crate::disk::RawFile;
@@ -85,6 +86,8 @@ pub struct Superblock {
     pub views: ViewState,
     /// Epoch history as of the same record.
     pub history: EpochHistory,
+    /// The ack policies of the epoch that wrote that record; none if the volume never served.
+    pub acks: Option<AckPolicies>,
     /// Where the journal starts; at or before the record after the checkpoint.
     pub tail: JournalTail,
     /// Up to here every member held the order durably.
@@ -127,6 +130,7 @@ impl Superblock {
         cursor::put_position(&mut body, self.checkpoint);
         cursor::put_view_state(&mut body, &self.views);
         cursor::put_history(&mut body, &self.history);
+        AckPolicies::encode_known(self.acks, &mut body);
         body.put_u64_le(self.tail.offset);
         body.put_u64_le(self.tail.seq.0);
         body.put_u64_le(self.tail.generation);
@@ -186,6 +190,7 @@ impl Superblock {
             checkpoint: r.position("checkpoint")?,
             views: r.view_state("views")?,
             history: r.history("history")?,
+            acks: AckPolicies::decode_known(&mut r)?,
             tail: JournalTail {
                 offset: r.u64("tail offset")?,
                 seq: Seq(r.u64("tail seq")?),
@@ -201,6 +206,7 @@ impl Superblock {
             && id.journal_bytes.is_multiple_of(BLOCK_BYTES)
             && superblock.tail.offset.is_multiple_of(BLOCK_BYTES)
             && superblock.tail.offset <= crate::journal::capacity_bytes(id.journal_bytes)
+            && superblock.tail.seq > Seq(0)
             && superblock.tail.seq <= superblock.checkpoint.seq.next();
         if sound { Ok(superblock) } else { Err(Malformed { field: "superblock" }) }
     }
@@ -278,6 +284,7 @@ pub(crate) mod tests {
             checkpoint: Position { epoch: Epoch(2), seq: Seq(9) },
             views: ViewState::initial(view),
             history,
+            acks: None,
             tail: JournalTail { offset: 8192, seq: Seq(5), generation: 1 },
             stable: Seq(7),
         }

@@ -18,9 +18,10 @@ use listener_agent::host::{Reach, ReplicaHost};
 use listener_agent::image::checksum_file_bytes;
 use listener_agent::inspect::{self, InspectReport};
 use listener_agent::superblock::{self, FORMAT_VERSION, Identity};
+use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::ViewChange;
-use protocol::{Epoch, Position, Record, RecordKind, Seq, ToAgent, ToEngine, View, VolumeUuid};
+use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, Seq, ToAgent, ToEngine, View, VolumeUuid};
 
 const SIZE_BYTES: u64 = 64 * 1024;
 const JOURNAL_BYTES: u64 = 128 * 1024;
@@ -81,7 +82,11 @@ fn records() -> Vec<Record> {
         ViewChange { view: names(&["a", "b"]), subject: "c".parse().expect("a name"), unacknowledged: Vec::new() };
     let at = |offset, length| ByteRange { offset, length };
     let parts = [
-        (RecordKind::EpochStart, at(0, 0), Vec::new()),
+        (
+            RecordKind::EpochStart,
+            at(0, 0),
+            AckPolicies { write: AckPolicy::First, flush: AckPolicy::Majority }.encode().to_vec(),
+        ),
         (RecordKind::Write, at(5000, 600), payload()),
         (RecordKind::Write, at(16_384, 600), payload()),
         (RecordKind::Trim, at(16_384, 100), Vec::new()),

@@ -13,6 +13,14 @@ pub fn crc32(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
 }
 
+/// CRC-32 of `bytes` that only those can make who know `salt`.
+#[must_use]
+pub fn crc32_salted(salt: u32, bytes: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(salt);
+    hasher.update(bytes);
+    hasher.finalize()
+}
+
 /// CRC-32 of `first` followed by `second`.
 #[must_use]
 pub fn crc32_of_two(first: &[u8], second: &[u8]) -> u32 {

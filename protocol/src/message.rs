@@ -9,6 +9,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::checksum::crc32;
 use crate::cursor::{self, Malformed, Reader};
 use crate::position::{Epoch, EpochHistory, Position, Seq};
+use crate::quorum::AckPolicies;
 use crate::record::{Record, RecordHeader};
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
 
@@ -190,6 +191,8 @@ pub struct Promised {
     pub views: ViewState,
     /// Which epoch gave out which places.
     pub history: EpochHistory,
+    /// The ack policies of the latest epoch that reached it; none if it never served.
+    pub acks: Option<AckPolicies>,
     /// Whether the replica is being copied to and so cannot stand for the volume.
     pub syncing: bool,
     /// First record that the journal still holds; `position.seq` + 1 if none.
@@ -373,6 +376,7 @@ impl ToEngine {
                 cursor::put_position(out, p.position);
                 cursor::put_view_state(out, &p.views);
                 cursor::put_history(out, &p.history);
+                AckPolicies::encode_known(p.acks, out);
                 out.put_u8(u8::from(p.syncing));
                 out.put_u64_le(p.journal_first.0);
                 out.put_u32_le(p.lease_remaining_ms);
@@ -473,6 +477,7 @@ fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
         position: r.position("position")?,
         views: r.view_state("views")?,
         history: r.history("history")?,
+        acks: AckPolicies::decode_known(r)?,
         syncing: r.bool("syncing")?,
         journal_first: Seq(r.u64("journal first")?),
         lease_remaining_ms: r.u32("lease")?,

@@ -6,7 +6,10 @@
 //! * `view_change`: on so many members a view record must be durable before it is in force. They meet every activation
 //!   quorum, so no later engine can overlook the change.
 
+use bytes::{BufMut, Bytes};
 use serde::{Deserialize, Serialize};
+
+use crate::cursor::{Malformed, Reader};
 
 /// How many members must hold a record durably before the client is answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +60,67 @@ impl AckPolicy {
     }
 }
 
+/// The policies that an epoch serves by. They are part of its first record: what may have been acknowledged depends on
+/// them, so the next activation must go by these and not by a configuration that was changed since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct AckPolicies {
+    /// For changes.
+    pub write: AckPolicy,
+    /// For flushes, and changes with FUA.
+    pub flush: AckPolicy,
+}
+
+impl AckPolicies {
+    /// The policy that quorums are computed from: the weaker of the two.
+    #[must_use]
+    pub fn quorum(self) -> AckPolicy {
+        self.write.weaker(self.flush)
+    }
+
+    /// The payload of an epoch's first record.
+    #[must_use]
+    pub fn encode(self) -> Bytes {
+        let mut out = Vec::with_capacity(2);
+        Self::encode_known(Some(self), &mut out);
+        out.into()
+    }
+
+    /// Reads the payload of an epoch's first record.
+    pub fn decode(payload: &[u8]) -> Result<AckPolicies, Malformed> {
+        let mut reader = Reader::new(payload);
+        let policies = Self::decode_known(&mut reader)?;
+        reader.finish("ack policies")?;
+        policies.ok_or(Malformed { field: "ack policies" })
+    }
+
+    /// Appends policies that may not be known, two bytes: 0 unknown, 1 first, 2 majority, 3 all.
+    pub fn encode_known(policies: Option<AckPolicies>, out: &mut impl BufMut) {
+        let number = |policy| match policy {
+            AckPolicy::First => 1,
+            AckPolicy::Majority => 2,
+            AckPolicy::All => 3,
+        };
+        out.put_u8(policies.map_or(0, |p| number(p.write)));
+        out.put_u8(policies.map_or(0, |p| number(p.flush)));
+    }
+
+    /// Reads what [`AckPolicies::encode_known`] wrote.
+    pub fn decode_known(reader: &mut Reader<'_>) -> Result<Option<AckPolicies>, Malformed> {
+        let mut policy = || match reader.u8("ack policy")? {
+            0 => Ok(None),
+            1 => Ok(Some(AckPolicy::First)),
+            2 => Ok(Some(AckPolicy::Majority)),
+            3 => Ok(Some(AckPolicy::All)),
+            4..=u8::MAX => Err(Malformed { field: "ack policy" }),
+        };
+        match (policy()?, policy()?) {
+            (Some(write), Some(flush)) => Ok(Some(AckPolicies { write, flush })),
+            (None, None) => Ok(None),
+            (Some(_), None) | (None, Some(_)) => Err(Malformed { field: "ack policies" }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +137,19 @@ mod tests {
                 assert!(2 * qa > n, "{policy:?} of {n}: two engines could activate at once");
                 assert!((1..=n).contains(&qa) && (1..=n).contains(&qd));
             }
+        }
+    }
+
+    #[test]
+    fn policies_survive_the_trip_and_anything_else_is_refused() {
+        for write in POLICIES {
+            for flush in POLICIES {
+                let policies = AckPolicies { write, flush };
+                assert_eq!(AckPolicies::decode(&policies.encode()), Ok(policies));
+            }
+        }
+        for bad in [&[0, 0][..], &[1, 0], &[4, 1], &[1], &[1, 1, 1]] {
+            assert!(AckPolicies::decode(bad).is_err(), "{bad:?}");
         }
     }
 

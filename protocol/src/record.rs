@@ -19,7 +19,7 @@ pub enum RecordKind {
     Trim,
     /// Makes the range read as zeroes; keeps the space if [`RecordHeader::no_hole`].
     WriteZeroes,
-    /// The first record of an epoch.
+    /// The first record of an epoch; the payload is its [`crate::quorum::AckPolicies`].
     EpochStart,
     /// Changes the view; the payload is a [`ViewChange`].
     ViewChange,
@@ -145,8 +145,7 @@ impl RecordHeader {
         let fits = match self.kind {
             RecordKind::Write => has_range && u64::from(payload) == self.length,
             RecordKind::Trim | RecordKind::WriteZeroes => has_range && payload == 0,
-            RecordKind::EpochStart => !has_range && self.offset == 0 && payload == 0,
-            RecordKind::ViewChange => !has_range && self.offset == 0 && payload > 0,
+            RecordKind::EpochStart | RecordKind::ViewChange => !has_range && self.offset == 0 && payload > 0,
         };
         let in_bounds = payload <= RECORD_PAYLOAD_BYTES_MAX && self.offset.checked_add(self.length).is_some();
         if fits && in_bounds && self.seq > Seq(0) { Ok(()) } else { Err(Malformed { field: "record shape" }) }
@@ -177,7 +176,7 @@ pub const JOURNAL_RECORD_OVERHEAD_BYTES: u64 = 80;
 pub struct Record {
     /// The header.
     pub header: RecordHeader,
-    /// The payload; empty for all but writes and view changes.
+    /// The payload; empty for trims and zeroings.
     pub payload: Bytes,
 }
 

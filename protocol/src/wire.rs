@@ -214,6 +214,7 @@ mod tests {
             position: Position { epoch: Epoch(2), seq: Seq(9) },
             views: ViewState::initial(view()),
             history,
+            acks: None,
             syncing: false,
             journal_first: Seq(3),
             lease_remaining_ms: 10,

@@ -188,6 +188,16 @@ impl Drop for EmbeddedLink {
     }
 }
 
+/// A replica whose durable writes failed is closed, to be opened anew: recovery reads what the disk really holds.
+async fn close_if_poisoned(shared: &Shared) {
+    let poisoned = locked(&shared.host).take_if(|host| host.is_poisoned());
+    if let Some(host) = poisoned {
+        // Its threads are waited for. One that panicked was reported when it did.
+        let _ = tokio::task::spawn_blocking(move || drop(host)).await;
+        tokio::time::sleep(REOPEN_AFTER * 10).await;
+    }
+}
+
 /// Keeps a session open: begins a new one when the volume wanted the last one ended, and reopens the replica if it left
 /// service.
 async fn keep_connected(shared: Arc<Shared>, peer: PeerId) {
@@ -223,6 +233,7 @@ async fn keep_connected(shared: Arc<Shared>, peer: PeerId) {
         let Some(volume) = volume() else { return };
         volume.disconnected(peer, "the session was ended".to_owned());
         drop(volume);
+        close_if_poisoned(&shared).await;
         tokio::time::sleep(REOPEN_AFTER).await;
     }
 }

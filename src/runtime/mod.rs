@@ -118,7 +118,8 @@ fn refusal_remedy(refusal: &StartRefusal) -> &'static str {
             "start the listener agents, check `address` of each replica, and make a new volume with `nbdcast create`"
         }
         StartRefusal::Missing { .. } => {
-            "bring the missing replicas back (start their agents, mount their disks) and start again; nothing is lost"
+            "bring the missing replicas back (start their agents, mount their disks) and start again; as long as they come back, \
+             nothing is lost"
         }
         StartRefusal::Stalled { .. } => {
             "check the replica's disk and its agent's log, then start again; nothing is lost"

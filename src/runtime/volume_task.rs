@@ -44,7 +44,15 @@ pub(super) enum Outcome {
 pub(super) struct Token {
     completion: Completion,
     begun: Instant,
-    is_read: bool,
+    kind: Kind,
+}
+
+/// What its latency is counted as.
+#[derive(Clone, Copy)]
+enum Kind {
+    Read,
+    Change,
+    Flush,
 }
 
 /// How a peer is reached.
@@ -230,8 +238,11 @@ impl VolumeTask {
 
     fn answer(&self, token: Token, outcome: Result<Bytes, Failure>) {
         if outcome.is_ok() {
-            let latency = if token.is_read { &self.reads } else { &self.writes };
-            latency.record(token.begun.elapsed());
+            match token.kind {
+                Kind::Read => self.reads.record(token.begun.elapsed()),
+                Kind::Change => self.writes.record(token.begun.elapsed()),
+                Kind::Flush => {}
+            }
         }
         token.completion.complete(outcome.map_err(|failure| match failure {
             Failure::Io => IoError::Io,
@@ -272,7 +283,7 @@ impl VolumeTask {
     }
 
     pub(super) fn connected(&self, peer: PeerId) {
-        self.drive(|volume, _| volume.peer_connected(peer));
+        self.drive(|volume, now| volume.peer_connected(now, peer));
     }
 
     pub(super) fn disconnected(&self, peer: PeerId, reason: String) {
@@ -393,8 +404,12 @@ impl Backend for VolumeTask {
     }
 
     fn submit(&self, request: NbdRequest, completion: Completion) {
-        let is_read = matches!(request, NbdRequest::Read { .. });
-        let token = Token { completion, begun: Instant::now(), is_read };
+        let kind = match request {
+            NbdRequest::Read { .. } => Kind::Read,
+            NbdRequest::Write { .. } | NbdRequest::Trim { .. } | NbdRequest::WriteZeroes { .. } => Kind::Change,
+            NbdRequest::Flush => Kind::Flush,
+        };
+        let token = Token { completion, begun: Instant::now(), kind };
         let request = match request {
             NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
             NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },

@@ -13,8 +13,9 @@ use std::fmt;
 use std::time::Duration;
 
 use protocol::message::{Promised, Welcome};
+use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
-use protocol::{Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View};
+use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View};
 
 use super::log::Log;
 use super::membership::Membership;
@@ -103,7 +104,7 @@ pub enum StartRefusal {
         /// The replica that said so.
         replica: ReplicaName,
     },
-    /// A replica that is behind takes no records.
+    /// A replica that is needed takes no records.
     Stalled {
         /// Which.
         replica: ReplicaName,
@@ -149,7 +150,7 @@ impl fmt::Display for StartRefusal {
                 write!(f, "another engine serves the volume, as replica {replica} says")
             }
             StartRefusal::Stalled { replica, at } => {
-                write!(f, "replica {replica} is behind and took no record after {at} for too long")
+                write!(f, "replica {replica} took no record after {at} for too long")
             }
             StartRefusal::Mismatch { replica, what } => write!(f, "replica {replica} {what}"),
         }
@@ -383,12 +384,13 @@ impl<T> Volume<T> {
             }
             Step::Start { seq } => {
                 let (seq, not_before) = (*seq, activation.serve_not_before);
+                let waited_in_vain = now.saturating_sub(activation.step_since) >= self.settings.start_timeout;
                 self.advance_view();
                 if now >= not_before && self.committed_at_start(seq) {
                     self.phase = Phase::Serving;
                     self.events.push_back(Event::Serving);
-                } else if too_late && now >= not_before {
-                    self.refuse_late(now);
+                } else if waited_in_vain && now >= not_before {
+                    self.refuse_unstarted(seq);
                 }
             }
         }
@@ -398,7 +400,10 @@ impl<T> Volume<T> {
         let Some(membership) = &self.membership else { return false };
         let view = &membership.in_force;
         let holding = self.peers.iter().filter(|p| view.contains(&p.name) && p.durable >= seq).count();
-        holding >= self.settings.ack_write.needed(view.len())
+        // An engine that starts later goes by the policies in this record; enough members must hold it that it cannot
+        // be overlooked by one that would still go by the policies before it.
+        let overlooked_by_none = self.stored_acks.map_or(0, |acks| acks.quorum().view_change(view.len()));
+        holding >= self.settings.ack_write.needed(view.len()).max(overlooked_by_none)
     }
 
     fn begin_promise(&mut self, now: Time) {
@@ -412,6 +417,12 @@ impl<T> Volume<T> {
                 self.ask_promise(now, peer);
             }
         }
+    }
+
+    /// The policy that the number of members that must answer is computed from: that of the epoch whose
+    /// acknowledgements are to be kept.
+    fn activation_policy(&self, top: &Promised) -> AckPolicy {
+        top.acks.map_or(self.quorum_policy(), AckPolicies::quorum)
     }
 
     /// The most advanced of the replicas that promised and can stand for the volume.
@@ -439,7 +450,7 @@ impl<T> Volume<T> {
             return true;
         }
         let answered = self.answered(view);
-        let enough = answered.len() >= self.quorum_policy().activation(view.len());
+        let enough = answered.len() >= self.activation_policy(&top).activation(view.len());
         let may_come = answered.len() < view.len() && !waited;
         if !enough || may_come {
             return false;
@@ -528,10 +539,11 @@ impl<T> Volume<T> {
         }
         self.membership = Some(membership);
         self.history = truth.history;
+        self.stored_acks = truth.acks;
         self.log = Some(Log::new(goal));
         self.stable_told = Seq(0);
         let nowhere = ByteRange { offset: 0, length: 0 };
-        let seq = self.append(now, RecordKind::EpochStart, nowhere, false, bytes::Bytes::new());
+        let seq = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
         self.history.note(Position { epoch: self.epoch, seq });
         for id in 0..self.peers.len() {
             let peer = &self.peers[id];
@@ -540,6 +552,16 @@ impl<T> Volume<T> {
             }
         }
         self.enter(now, Step::Start { seq });
+    }
+
+    /// The first record of the epoch does not become durable on enough members.
+    fn refuse_unstarted(&mut self, seq: Seq) {
+        let Some(membership) = &self.membership else { return };
+        let lacks = |p: &&super::Peer| membership.in_force.contains(&p.name) && p.durable < seq;
+        if let Some(peer) = self.peers.iter().find(lacks) {
+            let (replica, at) = (peer.name.clone(), peer.durable);
+            self.refuse_start(StartRefusal::Stalled { replica, at });
+        }
     }
 
     fn refuse_late(&mut self, now: Time) {
@@ -566,7 +588,7 @@ impl<T> Volume<T> {
             .filter_map(|id| Some((self.peers[*id].name.clone(), self.peers[*id].promised.as_ref()?.position)))
             .max_by_key(|(_, position)| *position);
         let refusal = StartRefusal::Missing {
-            needed: self.quorum_policy().activation(view.len()),
+            needed: self.activation_policy(top).activation(view.len()),
             missing: absent.map(missing).collect(),
             best,
             held_at_least: Seq(top.journal_first.0.saturating_sub(1)),

@@ -60,7 +60,8 @@ impl Log {
         self.entry(seq).map(|e| e.queued_at)
     }
 
-    fn bytes_until(&self, seq: Seq) -> u64 {
+    /// Journal bytes of all records ever put in, up to `seq`; those forgotten count as one.
+    pub(super) fn bytes_until(&self, seq: Seq) -> u64 {
         if seq <= self.base { self.base_bytes } else { self.entry(seq).map_or(self.base_bytes, |e| e.bytes_until) }
     }
 

@@ -4,12 +4,13 @@
 //! *pending*: acknowledgements count the view before it. A replica that leaves is sent nothing more, but what it lacks
 //! stays in the journals of the others until the change is in force, as an engine that starts before that needs it.
 
+use protocol::quorum::AckPolicies;
 use protocol::ranges::merge;
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
 
 use super::peer::Role;
-use super::{DropReason, Event, Notice, PeerId, Time, Volume};
+use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
 use protocol::message::Condition;
 use protocol::ranges::ByteRange;
 
@@ -51,7 +52,21 @@ const FULL_GRACE: Time = Time::from_millis(1000);
 impl<T> Volume<T> {
     /// The policy that quorums are computed from: the weaker of the two, whose acknowledgements fewer members hold.
     pub(super) fn quorum_policy(&self) -> AckPolicy {
-        self.settings.ack_write.weaker(self.settings.ack_flush)
+        self.acks().quorum()
+    }
+
+    pub(super) fn acks(&self) -> AckPolicies {
+        AckPolicies { write: self.settings.ack_write, flush: self.settings.ack_flush }
+    }
+
+    /// Members of a view of `members` on which a change of it must be durable. Until the volume serves, an engine that
+    /// starts after this one may still go by the policies of the epoch before.
+    pub(super) fn view_change_needed(&self, members: usize) -> usize {
+        let now = self.quorum_policy().view_change(members);
+        match (&self.phase, self.stored_acks) {
+            (Phase::Activating(_), Some(before)) => now.max(before.quorum().view_change(members)),
+            (Phase::Activating(_) | Phase::Serving | Phase::Dead, _) => now,
+        }
     }
 
     fn durable_on(&self, view: &View, seq: Seq) -> usize {
@@ -80,11 +95,10 @@ impl<T> Volume<T> {
 
     /// Takes a pending view into force once enough members hold it.
     pub(super) fn advance_view(&mut self) {
-        let policy = self.quorum_policy();
         let Some(membership) = &self.membership else { return };
         let Some(pending) = &membership.pending else { return };
         let old = &membership.in_force;
-        if self.durable_on(old, pending.seq) < policy.view_change(old.len()) {
+        if self.durable_on(old, pending.seq) < self.view_change_needed(old.len()) {
             return;
         }
         let (view, seq) = (pending.view.clone(), pending.seq);
@@ -139,7 +153,7 @@ impl<T> Volume<T> {
             .iter()
             .enumerate()
             .filter(|(other, p)| *other != id && p.is_ready_member() && in_force.contains(&p.name));
-        others.count() >= self.quorum_policy().view_change(in_force.len())
+        others.count() >= self.view_change_needed(in_force.len())
     }
 
     /// Lets members go that are too far behind for too long, one at a time.

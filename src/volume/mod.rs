@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::message::{Condition, EngineId, Hello, RefusedReason};
+use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::{
     AckPolicy, Epoch, EpochHistory, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent,
@@ -249,6 +250,8 @@ pub struct Volume<T> {
     uuid: Option<VolumeUuid>,
     epoch: Epoch,
     history: EpochHistory,
+    /// The policies of the epoch before this one.
+    stored_acks: Option<AckPolicies>,
     /// There once activation has found the true history.
     log: Option<Log>,
     membership: Option<Membership>,
@@ -264,6 +267,8 @@ pub struct Volume<T> {
     frozen_since: Option<Time>,
     stable_told: Seq,
     stable_told_at: Time,
+    /// Journal bytes of all records up to `stable_told`.
+    stable_told_bytes: u64,
     next_token: u64,
     events: VecDeque<Event<T>>,
     counts: Counts,
@@ -288,6 +293,8 @@ struct HeldChange<T> {
 const PACE_MAX: Duration = Duration::from_millis(20);
 const STABLE_INTERVAL: Duration = Duration::from_millis(50);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longer than pings may take: a promise waits for a checkpoint that is being taken.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl<T> Volume<T> {
     /// A volume that begins its activation at `now`.
@@ -300,6 +307,7 @@ impl<T> Volume<T> {
             uuid: None,
             epoch: Epoch(0),
             history: EpochHistory::default(),
+            stored_acks: None,
             log: None,
             membership: None,
             peers,
@@ -312,6 +320,7 @@ impl<T> Volume<T> {
             frozen_since: None,
             stable_told: Seq(0),
             stable_told_at: Time::ZERO,
+            stable_told_bytes: 0,
             next_token: 0,
             events: VecDeque::new(),
             counts: Counts::default(),
@@ -350,7 +359,7 @@ impl<T> Volume<T> {
     // ---- connections -------------------------------------------------------------------------------------------
 
     /// A connection to a peer was made.
-    pub fn peer_connected(&mut self, peer: PeerId) {
+    pub fn peer_connected(&mut self, now: Time, peer: PeerId) {
         if self.is_dead() {
             return;
         }
@@ -359,7 +368,7 @@ impl<T> Volume<T> {
             replica: self.peers[peer].name.clone(),
             engine: self.settings.engine,
         };
-        self.peers[peer].link = Link::Greeting;
+        self.peers[peer].link = Link::Greeting { since: now };
         self.peers[peer].push_urgent(ToAgent::Hello(hello));
     }
 
@@ -609,11 +618,13 @@ impl<T> Volume<T> {
     fn trim(&mut self, now: Time) {
         let Some(stable) = self.stable_seq() else { return };
         let Some(log) = &mut self.log else { return };
-        let news = log.bytes_between(self.stable_told, stable);
+        let bytes_until = log.bytes_until(stable);
+        let news = bytes_until.saturating_sub(self.stable_told_bytes);
         log.trim(stable);
         let due = now.saturating_sub(self.stable_told_at) >= STABLE_INTERVAL || news > self.journal_bytes_min / 16;
         if stable > self.stable_told && due {
             self.stable_told = stable;
+            self.stable_told_bytes = bytes_until;
             self.stable_told_at = now;
             for peer in self.peers.iter_mut().filter(|p| p.is_ready_member()) {
                 peer.push_urgent(ToAgent::Stable { seq: stable });
@@ -647,8 +658,9 @@ impl<T> Volume<T> {
                 None => {}
             }
         }
+        silent.extend((0..self.peers.len()).filter(|id| self.peers[*id].answer_overdue(now, HANDSHAKE_TIMEOUT)));
         for peer in silent {
-            self.peers[peer].last_error = Some(format!("no answer for {PING_TIMEOUT:?}"));
+            self.peers[peer].last_error = Some("no answer for too long".to_owned());
             self.disconnect(now, peer);
         }
     }

@@ -19,8 +19,10 @@ pub(super) enum Link {
     Down {
         since: Time,
     },
-    /// `Hello` is on its way.
-    Greeting,
+    /// `Hello` is on its way, since then.
+    Greeting {
+        since: Time,
+    },
     Welcomed,
     /// `Promise` is on its way, sent then.
     Promising {
@@ -112,7 +114,15 @@ impl Peer {
     pub(super) fn down_for(&self, now: Time) -> Option<Time> {
         match self.link {
             Link::Down { since } => Some(now.saturating_sub(since)),
-            Link::Greeting | Link::Welcomed | Link::Promising { .. } | Link::Ready => None,
+            Link::Greeting { .. } | Link::Welcomed | Link::Promising { .. } | Link::Ready => None,
+        }
+    }
+
+    /// Whether the answer to `Hello` or `Promise` has not come for longer than `limit`.
+    pub(super) fn answer_overdue(&self, now: Time, limit: Time) -> bool {
+        match self.link {
+            Link::Greeting { since } | Link::Promising { sent_at: since } => now.saturating_sub(since) > limit,
+            Link::Down { .. } | Link::Welcomed | Link::Ready => false,
         }
     }
 

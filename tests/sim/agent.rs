@@ -112,7 +112,7 @@ fn changed(record: &Record) -> ByteRange {
 }
 
 fn write_group(disk: &Disk, job: &GroupJob) -> io::Result<()> {
-    let bytes = group::encode(job.generation, &job.records);
+    let bytes = group::encode(job.salt, job.generation, &job.records);
     disk.files().journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice())
 }
 
@@ -120,7 +120,7 @@ fn fetch(disk: &Disk, job: &FetchJob) -> Vec<Record> {
     let read = |segment: &journal::ring::Segment| {
         let mut bytes = vec![0; segment.bytes as usize];
         disk.files().journal.read_at(HEADER_BYTES + segment.offset, &mut bytes).unwrap();
-        group::decode(&Bytes::from(bytes))
+        group::decode(job.salt, &Bytes::from(bytes))
     };
     job.segments.iter().flat_map(read).collect()
 }

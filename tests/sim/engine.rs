@@ -108,7 +108,7 @@ impl World {
         let now = self.engine_now(engine);
         if let Some(conn) = self.accept(engine, peer) {
             self.engines[engine].conns[peer] = Some(conn);
-            self.engines[engine].volume.peer_connected(peer);
+            self.engines[engine].volume.peer_connected(now, peer);
         } else {
             self.engines[engine].volume.peer_disconnected(now, peer, "connection refused".to_owned());
             self.redial(engine, peer);

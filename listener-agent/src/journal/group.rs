@@ -1,10 +1,10 @@
 //! Records of the journal in bytes: encoding a group, decoding one record.
 
 use bytes::{BufMut, Bytes};
-use protocol::checksum::crc32;
+use protocol::checksum::{crc32, crc32_salted};
 use protocol::cursor::Reader;
 use protocol::record::JOURNAL_RECORD_OVERHEAD_BYTES;
-use protocol::{BLOCK_BYTES, Record, RecordHeader, Seq};
+use protocol::{BLOCK_BYTES, Record, RecordHeader, Seq, VolumeUuid};
 
 use crate::disk::aligned::AlignedBuffer;
 
@@ -13,6 +13,19 @@ pub const ENTRY_HEADER_BYTES: usize = JOURNAL_RECORD_OVERHEAD_BYTES as usize;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"NBJR");
 const _: () = assert!(ENTRY_HEADER_BYTES == 32 + RecordHeader::BYTES);
+
+/// What the checksums of a journal's records start from. A payload may hold anything, the journal of another volume
+/// among it (a volume that lies on a volume): only records of this one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Salt(u32);
+
+impl Salt {
+    /// The salt of a volume's journals.
+    #[must_use]
+    pub fn of(uuid: VolumeUuid) -> Salt {
+        Salt(crc32(&uuid.0))
+    }
+}
 
 /// The header of a journaled record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,11 +41,11 @@ pub struct EntryHeader {
 impl EntryHeader {
     /// Reads a header; `None` if the bytes are no sound one.
     #[must_use]
-    pub fn decode(bytes: &[u8]) -> Option<EntryHeader> {
+    pub fn decode(salt: Salt, bytes: &[u8]) -> Option<EntryHeader> {
         let mut r = Reader::new(bytes.get(..ENTRY_HEADER_BYTES)?);
         let magic = r.u32("magic").ok()?;
         let crc = r.u32("crc").ok()?;
-        if magic != MAGIC || crc != crc32(&bytes[8..ENTRY_HEADER_BYTES]) {
+        if magic != MAGIC || crc != crc32_salted(salt.0, &bytes[8..ENTRY_HEADER_BYTES]) {
             return None;
         }
         let generation = r.u64("generation").ok()?;
@@ -60,9 +73,9 @@ pub fn group_bytes<'a>(records: impl IntoIterator<Item = &'a Record>) -> u64 {
 /// # Panics
 /// If there are no records.
 #[must_use]
-pub fn encode(generation: u64, records: &[Record]) -> AlignedBuffer {
+pub fn encode(salt: Salt, generation: u64, records: &[Record]) -> AlignedBuffer {
     let mut out = AlignedBuffer::with_capacity(0);
-    encode_into(generation, records, &mut out);
+    encode_into(salt, generation, records, &mut out);
     out
 }
 
@@ -70,7 +83,7 @@ pub fn encode(generation: u64, records: &[Record]) -> AlignedBuffer {
 ///
 /// # Panics
 /// If there are no records.
-pub fn encode_into(generation: u64, records: &[Record], out: &mut AlignedBuffer) {
+pub fn encode_into(salt: Salt, generation: u64, records: &[Record], out: &mut AlignedBuffer) {
     out.reset(group_bytes(records) as usize);
     let group_first = records[0].seq();
     for record in records {
@@ -80,7 +93,7 @@ pub fn encode_into(generation: u64, records: &[Record], out: &mut AlignedBuffer)
         fields.put_u64_le(0);
         record.header.encode(&mut fields);
         out.put(&MAGIC.to_le_bytes());
-        out.put(&crc32(&fields).to_le_bytes());
+        out.put(&crc32_salted(salt.0, &fields).to_le_bytes());
         out.put(&fields);
         out.put(&record.payload);
     }
@@ -89,10 +102,10 @@ pub fn encode_into(generation: u64, records: &[Record], out: &mut AlignedBuffer)
 
 /// Decodes the records of one group, as long as they are sound and in order.
 #[must_use]
-pub fn decode(bytes: &Bytes) -> Vec<Record> {
+pub fn decode(salt: Salt, bytes: &Bytes) -> Vec<Record> {
     let mut records: Vec<Record> = Vec::new();
     let mut at = 0;
-    while let Some(entry) = bytes.get(at..).and_then(EntryHeader::decode) {
+    while let Some(entry) = bytes.get(at..).and_then(|rest| EntryHeader::decode(salt, rest)) {
         let start = at + ENTRY_HEADER_BYTES;
         let end = start + entry.record.payload_length as usize;
         if end > bytes.len() {
@@ -121,19 +134,27 @@ pub(crate) mod tests {
         Record::new(position, RecordKind::Write, range, vec![seq as u8; length].into())
     }
 
+    pub(crate) const SALT: Salt = Salt(7);
+
+    #[test]
+    fn a_record_of_another_volumes_journal_is_none() {
+        let bytes = Bytes::copy_from_slice(encode(SALT, 1, &[write(1, 100)]).as_slice());
+        assert_eq!(decode(Salt(8), &bytes), []);
+    }
+
     #[test]
     fn a_group_comes_back_as_it_was() {
         let records = [write(1, 100), write(2, 4096), write(3, 1)];
-        let bytes = encode(1, &records);
+        let bytes = encode(SALT, 1, &records);
         assert_eq!(bytes.len() as u64, group_bytes(&records));
-        assert_eq!(decode(&Bytes::copy_from_slice(bytes.as_slice())), records);
+        assert_eq!(decode(SALT, &Bytes::copy_from_slice(bytes.as_slice())), records);
     }
 
     #[test]
     fn a_damaged_record_ends_the_group() {
         let records = [write(1, 100), write(2, 4096), write(3, 1)];
-        let mut bytes = encode(1, &records).as_slice().to_vec();
+        let mut bytes = encode(SALT, 1, &records).as_slice().to_vec();
         bytes[100 + 2 * ENTRY_HEADER_BYTES + 50] ^= 1;
-        assert_eq!(decode(&bytes.into()), records[..1]);
+        assert_eq!(decode(SALT, &bytes.into()), records[..1]);
     }
 }

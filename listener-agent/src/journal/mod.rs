@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! file:   4 KiB header (magic "NBCASTJL", version, volume uuid, CRC), then the ring
-//! record: u32 magic "NBJR" | u32 CRC-32 of bytes 8..80 | u64 generation | u64 first seq of the group | u64 reserved
+//! record: u32 magic "NBJR" | u32 CRC-32 of bytes 8..80, started from that of the volume uuid | u64 generation | u64 first seq of the group | u64 reserved
 //!         | 48 bytes record header (protocol::record) | payload
 //! ```
 //!
@@ -68,6 +68,12 @@ pub enum HeaderError {
     /// It is not a journal, or damaged.
     #[error("the journal's header is damaged")]
     Damaged,
+    /// It was written by another release.
+    #[error("the journal has version {found}, this release reads version {VERSION}")]
+    Version {
+        /// The version found.
+        found: u32,
+    },
     /// It belongs to another volume.
     #[error("the journal belongs to volume {found}")]
     OtherVolume {
@@ -102,7 +108,10 @@ pub fn check_header(file: &dyn RawFile, uuid: VolumeUuid) -> Result<(), HeaderEr
         Ok((magic, version, r.uuid("uuid")?, r.u32("crc")?))
     };
     match read() {
-        Ok((true, VERSION, found, crc)) if crc == crc32(&block[..28]) => {
+        Ok((true, found, _, crc)) if crc == crc32(&block[..28]) && found != VERSION => {
+            Err(HeaderError::Version { found })
+        }
+        Ok((true, _, found, crc)) if crc == crc32(&block[..28]) => {
             if found == uuid {
                 Ok(())
             } else {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use protocol::checksum::crc32;
 use protocol::{BLOCK_BYTES, Epoch, Record, Seq};
 
-use super::group::{ENTRY_HEADER_BYTES, EntryHeader};
+use super::group::{ENTRY_HEADER_BYTES, EntryHeader, Salt};
 use super::ring::{Ring, Segment};
 use super::{HEADER_BYTES, capacity_bytes};
 use crate::disk::RawFile;
@@ -49,6 +49,8 @@ pub enum RecoverError {
 /// What a scan starts from.
 #[derive(Clone, Copy, Debug)]
 pub struct ScanStart {
+    /// What the checksums of its records start from.
+    pub salt: Salt,
     /// Bytes of the ring.
     pub capacity: u64,
     /// Where the superblock says that the journal starts.
@@ -66,6 +68,7 @@ impl ScanStart {
         let last_epoch = superblock.history.entries().last().map_or(Seq(0), |s| s.first_seq);
         let known = [superblock.checkpoint.seq, superblock.views.seq, superblock.stable, last_epoch];
         ScanStart {
+            salt: Salt::of(superblock.identity.uuid),
             capacity: capacity_bytes(superblock.identity.journal_bytes),
             tail: superblock.tail,
             durable_at_least: known.into_iter().fold(Seq(0), Seq::max),
@@ -80,7 +83,7 @@ pub fn scan(
     start: ScanStart,
     on_record: &mut dyn FnMut(Record) -> io::Result<()>,
 ) -> Result<Recovered, RecoverError> {
-    let mut window = Window { file, capacity: start.capacity, offset: 0, bytes: Bytes::new() };
+    let mut window = Window { salt: start.salt, file, capacity: start.capacity, offset: 0, bytes: Bytes::new() };
     let mut segments: VecDeque<Segment> = VecDeque::new();
     let mut next = start.tail.seq;
     let mut generation = start.tail.generation;
@@ -136,7 +139,7 @@ fn next_record(
     }
     for offset in candidates {
         let Some(bytes) = window.get(offset, ENTRY_HEADER_BYTES as u64)? else { continue };
-        let Some(entry) = EntryHeader::decode(&bytes) else { continue };
+        let Some(entry) = EntryHeader::decode(window.salt, &bytes) else { continue };
         let header = entry.record;
         if header.seq != next || entry.generation < generation || header.epoch < epoch {
             continue;
@@ -156,7 +159,7 @@ fn durable_behind(window: &mut Window<'_>, missing: Seq, generation: u64) -> io:
     let mut found = None;
     let mut offset = 0;
     while let Some(bytes) = window.get(offset, ENTRY_HEADER_BYTES as u64)? {
-        if let Some(entry) = EntryHeader::decode(&bytes)
+        if let Some(entry) = EntryHeader::decode(window.salt, &bytes)
             && entry.generation >= generation
             && entry.group_first > missing
         {
@@ -169,6 +172,7 @@ fn durable_behind(window: &mut Window<'_>, missing: Seq, generation: u64) -> io:
 
 /// Reads the ring in large pieces.
 struct Window<'a> {
+    salt: Salt,
     file: &'a dyn RawFile,
     capacity: u64,
     offset: u64,
@@ -198,7 +202,7 @@ impl Window<'_> {
 mod tests {
     use super::*;
     use crate::disk::file::{Caching, SystemFile};
-    use crate::journal::group::{encode, tests::write};
+    use crate::journal::group::{encode, tests::SALT, tests::write};
 
     const CAPACITY: u64 = 256 * 1024;
 
@@ -220,7 +224,7 @@ mod tests {
 
         /// Writes a group and returns its offset.
         fn append(&mut self, generation: u64, records: &[Record]) -> u64 {
-            let bytes = encode(generation, records);
+            let bytes = encode(SALT, generation, records);
             let (first, last) = (records[0].seq(), records[records.len() - 1].seq());
             let offset = self.ring.take(bytes.len() as u64, first, last).expect("room");
             self.file.write_at(HEADER_BYTES + offset, bytes.as_slice()).unwrap();
@@ -235,7 +239,13 @@ mod tests {
 
         fn scan_from(&self, offset: u64, seq: u64) -> Result<(Vec<u64>, Recovered), RecoverError> {
             let tail = JournalTail { offset, seq: Seq(seq), generation: 1 };
-            let start = ScanStart { capacity: CAPACITY, tail, durable_at_least: Seq(0), closed_in_good_order: false };
+            let start = ScanStart {
+                salt: SALT,
+                capacity: CAPACITY,
+                tail,
+                durable_at_least: Seq(0),
+                closed_in_good_order: false,
+            };
             let mut found = Vec::new();
             let recovered = scan(&self.file, start, &mut |r| {
                 found.push(r.seq().0);
@@ -310,7 +320,8 @@ mod tests {
         let group = j.append(1, &[write(1, 100)]);
         j.flip(group);
         let tail = JournalTail { offset: 0, seq: Seq(1), generation: 1 };
-        let start = ScanStart { capacity: CAPACITY, tail, durable_at_least: Seq(1), closed_in_good_order: true };
+        let start =
+            ScanStart { salt: SALT, capacity: CAPACITY, tail, durable_at_least: Seq(1), closed_in_good_order: true };
         assert!(matches!(scan(&j.file, start, &mut |_| Ok(())), Err(RecoverError::Damaged { .. })));
     }
 

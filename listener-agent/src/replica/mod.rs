@@ -25,13 +25,15 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use protocol::cursor::Malformed;
 use protocol::message::{Condition, EngineId, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
+use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::ViewChange;
 use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
 
 use crate::image::Trust;
-use crate::journal::group::{ENTRY_HEADER_BYTES, group_bytes};
+use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
 use crate::journal::ring::{Ring, Segment};
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
 use crate::superblock::{JournalTail, Superblock};
@@ -46,6 +48,9 @@ pub type Time = Duration;
 
 /// Payload received but not applied, at most, bytes. An engine keeps far fewer in flight.
 pub const PENDING_BYTES_MAX: u64 = 64 << 20;
+/// With so much payload durable but not applied, bytes, nothing more is journaled until the image has caught up: an
+/// image slower than its journal then slows its replica down, which its engine sees as lag.
+const UNAPPLIED_BYTES_MAX: u64 = 32 << 20;
 /// Reads asked for but not done, at most.
 pub const READS_MAX: usize = 1024;
 /// Changes are checkpointed after this time even if the journal has room: it bounds the replay after a crash.
@@ -61,6 +66,8 @@ const NO_SPACE_RETRY: Duration = Duration::from_millis(500);
 pub struct GroupJob {
     /// Where, bytes behind the journal's header.
     pub offset: u64,
+    /// What the checksums of the records start from.
+    pub salt: Salt,
     /// Goes into each record.
     pub generation: u64,
     /// The records.
@@ -91,6 +98,8 @@ pub struct FetchJob {
     session: SessionId,
     from: Seq,
     to: Seq,
+    /// What the checksums of the records start from.
+    pub salt: Salt,
     /// Where they are.
     pub segments: Vec<Segment>,
 }
@@ -136,6 +145,8 @@ pub struct Replica {
     /// Records after `applied`, up to `received`.
     pending: VecDeque<Record>,
     pending_bytes: u64,
+    /// Of these, payload of records that are durable and wait to be applied.
+    unapplied_bytes: u64,
     /// The last record of the group being written.
     writing: Option<Position>,
     /// The last record of the batch being applied.
@@ -177,6 +188,7 @@ impl Replica {
             applied: durable,
             pending: VecDeque::new(),
             pending_bytes: 0,
+            unapplied_bytes: 0,
             writing: None,
             applying: None,
             apply_in_doubt: false,
@@ -233,6 +245,10 @@ impl Replica {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    fn salt(&self) -> Salt {
+        Salt::of(self.superblock.identity.uuid)
     }
 
     /// Takes the next message for a session. After a [`ToEngine::Refused`] the session is over.
@@ -321,7 +337,13 @@ impl Replica {
             ToAgent::Read { id, offset, length } => self.on_read(session, id, offset, length),
             ToAgent::Fetch { from, to } => {
                 let segments = self.ring.segments_of(from, to.min(self.durable.seq), FETCH_BYTES_MAX);
-                self.fetches.push_back(FetchJob { session, from, to: to.min(self.durable.seq), segments });
+                self.fetches.push_back(FetchJob {
+                    session,
+                    from,
+                    to: to.min(self.durable.seq),
+                    salt: self.salt(),
+                    segments,
+                });
             }
             ToAgent::Goodbye => {
                 self.leases.release();
@@ -374,6 +396,7 @@ impl Replica {
             position: self.durable,
             views: self.superblock.views.clone(),
             history: self.superblock.history.clone(),
+            acks: self.superblock.acks,
             syncing: self.superblock.syncing,
             journal_first: self.ring.first().unwrap_or(self.durable.seq.next()),
             lease_remaining_ms: self.leases.remaining_ms(now),
@@ -412,16 +435,16 @@ impl Replica {
         }
         header.check_range(self.superblock.identity.size_bytes).map_err(|e| e.to_string())?;
         // The payload was compared with its checksum when it came off the network.
-        if header.kind == RecordKind::ViewChange {
-            ViewChange::decode(&record.payload).map_err(|e| e.to_string())?;
-        }
-        Ok(())
+        check_payload_shape(record).map_err(|e| e.to_string())
     }
 
     /// Whether [`Replica::next_group`] may have a job.
     #[must_use]
     pub fn has_group(&self) -> bool {
-        self.writing.is_none() && self.received > self.durable && self.condition != Condition::Poisoned
+        self.writing.is_none()
+            && self.received > self.durable
+            && self.unapplied_bytes < UNAPPLIED_BYTES_MAX
+            && self.condition != Condition::Poisoned
     }
 
     /// The next group to write durably; [`Replica::group_done`] must follow.
@@ -452,7 +475,7 @@ impl Replica {
         }
         self.last_group_offset = offset;
         self.writing = Some(last);
-        Some(GroupJob { offset, generation: self.superblock.generation, records })
+        Some(GroupJob { offset, salt: self.salt(), generation: self.superblock.generation, records })
     }
 
     /// Takes room for as many of the records as there is room for.
@@ -475,7 +498,8 @@ impl Replica {
         let first = self.durable.seq.ahead_of(self.applied.seq) as usize;
         let count = last.seq.ahead_of(self.durable.seq) as usize;
         for record in self.pending.iter().skip(first).take(count) {
-            note_durable(&mut self.superblock, record);
+            self.unapplied_bytes += u64::from(record.header.payload_length);
+            note_durable(&mut self.superblock, record).expect("records are checked before they are journaled");
         }
         self.counters.groups += 1;
         self.counters.records += count as u64;
@@ -537,6 +561,7 @@ impl Replica {
                 while self.pending.front().is_some_and(|r| r.seq() <= last.seq) {
                     let record = self.pending.pop_front().expect("just seen");
                     self.pending_bytes -= u64::from(record.header.payload_length);
+                    self.unapplied_bytes -= u64::from(record.header.payload_length);
                 }
                 self.applied = last;
                 self.apply_in_doubt = false;
@@ -714,14 +739,27 @@ impl Replica {
     }
 }
 
-/// Brings views and history up to a record that is durable.
-pub fn note_durable(superblock: &mut Superblock, record: &Record) {
+/// Checks what a record says beside its effect on the image.
+fn check_payload_shape(record: &Record) -> Result<(), Malformed> {
+    match record.header.kind {
+        RecordKind::EpochStart => AckPolicies::decode(&record.payload).map(drop),
+        RecordKind::ViewChange => ViewChange::decode(&record.payload).map(drop),
+        RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => Ok(()),
+    }
+}
+
+/// Brings views, history and ack policies up to a record that is durable.
+pub fn note_durable(superblock: &mut Superblock, record: &Record) -> Result<(), Malformed> {
     let position = record.header.position();
     if superblock.history.entries().last().is_none_or(|last| last.epoch < position.epoch) {
         superblock.history.note(position);
     }
-    if record.header.kind == RecordKind::ViewChange && position.seq > superblock.views.seq {
-        let change = ViewChange::decode(&record.payload).expect("view changes are checked before they are journaled");
-        superblock.views.change(change.view, position.seq);
+    match record.header.kind {
+        RecordKind::EpochStart => superblock.acks = Some(AckPolicies::decode(&record.payload)?),
+        RecordKind::ViewChange if position.seq > superblock.views.seq => {
+            superblock.views.change(ViewChange::decode(&record.payload)?.view, position.seq);
+        }
+        RecordKind::ViewChange | RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => {}
     }
+    Ok(())
 }

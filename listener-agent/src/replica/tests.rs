@@ -33,6 +33,7 @@ fn replica() -> Replica {
         checkpoint: Position::default(),
         views: ViewState::initial(View::new(vec![name]).unwrap()),
         history: EpochHistory::default(),
+        acks: None,
         tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
         stable: Seq(0),
     };
