@@ -12,7 +12,7 @@ use listener_agent::host::{Reach, ReplicaHost, Session};
 use protocol::message::Hello;
 use protocol::{ToAgent, View};
 use tokio::sync::Notify;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::volume_task::VolumeTask;
 use crate::volume::PeerId;
@@ -168,15 +168,16 @@ impl EmbeddedLink {
         drop(earlier);
     }
 
-    /// Ends the session and marks the replica clean; returns whether it is.
-    pub(super) async fn close(&self, deadline: Instant) -> bool {
+    /// Ends the session and begins to mark the replica clean; the task returns whether it is. With a disk that hangs it
+    /// may never return.
+    pub(super) fn close(&self, deadline: Instant) -> JoinHandle<bool> {
         if let Some(task) = self.task.get() {
             task.abort();
         }
         let session = locked(&self.shared.session).take();
         drop(session);
-        let Some(host) = locked(&self.shared.host).take() else { return true };
-        tokio::task::spawn_blocking(move || host.close(deadline)).await.unwrap_or(false)
+        let host = locked(&self.shared.host).take();
+        tokio::task::spawn_blocking(move || host.is_none_or(|host| host.close(deadline)))
     }
 }
 

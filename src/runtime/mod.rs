@@ -252,8 +252,10 @@ impl Engine {
         }
         let close_until = Instant::now() + CLOSE_MAX;
         let mut outcome = Ok(());
-        for volume in &self.volumes {
-            if !volume.close(close_until).await {
+        let closing: Vec<_> =
+            self.volumes.iter().cloned().map(|v| tokio::spawn(async move { v.close(close_until).await })).collect();
+        for (volume, closed) in self.volumes.iter().zip(closing) {
+            if !closed.await.unwrap_or(false) {
                 outcome = Err(ShutdownError::Unclean { volume: volume.name().to_owned() });
             }
         }

@@ -24,6 +24,8 @@ use crate::volume::{
 };
 
 const TICK: Duration = Duration::from_millis(5);
+/// What a replica that keeps its deadline needs beyond it.
+const CLOSE_GRACE: Duration = Duration::from_millis(100);
 /// How long replicas may take to answer at start, at least.
 const START_TIMEOUT_MIN: Duration = Duration::from_secs(10);
 
@@ -362,12 +364,21 @@ impl VolumeTask {
 
     /// Ends the links and marks replicas in this process clean; returns whether all are.
     pub(super) async fn close(&self, deadline: tokio::time::Instant) -> bool {
-        let mut clean = true;
+        let (mut agents, mut closing) = (Vec::new(), Vec::new());
         for link in self.links.get().into_iter().flatten() {
             match link {
-                Link::Agent(link) => link.finish(deadline).await,
-                Link::Embedded(link) => clean &= link.close(deadline.into_std()).await,
+                Link::Agent(link) => agents.push(link),
+                // All at once: a disk that hangs must not keep the others from being marked clean.
+                Link::Embedded(link) => closing.push(link.close(deadline.into_std())),
             }
+        }
+        for link in agents {
+            link.finish(deadline).await;
+        }
+        let mut clean = true;
+        for replica in closing {
+            let closed = tokio::time::timeout_at(deadline + CLOSE_GRACE, replica).await;
+            clean &= matches!(closed, Ok(Ok(true)));
         }
         if let Some(ticking) = self.ticking.get() {
             ticking.abort();
