@@ -136,13 +136,18 @@ impl<T> Volume<T> {
                 self.answer_or_hold(now, held);
             }
         }
-        if self.reads.pieces.is_empty() {
+        // Only as many are looked for as can be asked now: thousands may wait.
+        let members = self.peers.iter().filter(|p| p.is_ready_member());
+        let room: usize = members.map(|p| READS_OUTSTANDING_MAX.saturating_sub(p.reads.len())).sum();
+        if room == 0 || self.reads.pieces.is_empty() {
             return;
         }
         let held = &self.reads.held;
-        let waits =
-            |(id, p): &(&u64, &super::reads::Piece)| p.outstanding == 0 && !held.iter().any(|h| h.piece == **id);
-        let unasked: Vec<u64> = self.reads.pieces.iter().filter(waits).map(|(id, _)| *id).collect();
+        let waits = |id: &u64, p: &super::reads::Piece| {
+            p.outstanding == 0 && !held.iter().any(|h| h.piece == *id) && !self.candidates(*id).is_empty()
+        };
+        let pieces = self.reads.pieces.iter();
+        let unasked: Vec<u64> = pieces.filter(|(id, p)| waits(id, p)).map(|(id, _)| *id).take(room).collect();
         for piece in unasked {
             self.ask(now, piece);
         }
