@@ -6,11 +6,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbdcast::volume::{Event, Failure, ReadSpread, Request, Volume, VolumeSettings, Zeroing};
 use protocol::ranges::ByteRange;
-use protocol::{ToAgent, ToEngine};
+use protocol::{AckPolicy, ToAgent, ToEngine};
 
 use crate::disk::SECTOR;
 use crate::net::ConnId;
 use crate::oracle::{Token, payload};
+use crate::rng::Rng;
 use crate::world::{Happening, Setup, Time, World, ms, replica_name};
 
 /// How often an engine looks at the clock.
@@ -48,13 +49,24 @@ impl Engine {
     }
 }
 
+/// The ack policies that an engine is configured with: those of the setup, or drawn for each.
+fn policies(setup: &Setup, engine: usize) -> (AckPolicy, AckPolicy) {
+    if !setup.policies_change {
+        return (setup.ack_write, setup.ack_flush);
+    }
+    let mut rng = Rng::new(setup.seed ^ (engine as u64 + 1));
+    let mut any = || rng.pick(&[AckPolicy::First, AckPolicy::Majority, AckPolicy::All]);
+    (any(), any())
+}
+
 fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
+    let (ack_write, ack_flush) = policies(setup, engine);
     VolumeSettings {
         name: "vol".parse().unwrap(),
         size_bytes: setup.size_bytes,
         replicas: (0..setup.replicas).map(replica_name).collect(),
-        ack_write: setup.ack_write,
-        ack_flush: setup.ack_flush,
+        ack_write,
+        ack_flush,
         read: if setup.multicast { ReadSpread::Multicast } else { ReadSpread::Adaptive },
         lag_bytes_max: setup.lag_bytes_max,
         lag_max: setup.lag_max,

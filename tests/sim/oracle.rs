@@ -165,9 +165,13 @@ impl Oracle {
         let entries = &mut self.sectors[sector];
         let Some(at) = entries.iter().position(|e| e.token == seen.token) else { return };
         entries.drain(..at);
+        // Zeroes look alike: what lies before the last write that would show the same may have been there too.
+        let certain_after = entries.iter().rposition(|e| e.value == seen.value).unwrap_or(0);
         let writes = &mut self.writes;
+        let mut index = 0;
         entries.retain(|e| {
-            let stays = e.reign >= reign || e.value == seen.value;
+            let stays = e.reign >= reign || index <= certain_after;
+            index += 1;
             if !stays && let Some(write) = writes.get_mut(&e.token) {
                 write.rejected.insert(sector);
             }

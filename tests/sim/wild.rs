@@ -24,6 +24,7 @@ pub fn setup(seed: u64) -> Setup {
         journal_bytes,
         ack_write,
         ack_flush,
+        policies_change: rng.percent(25),
         multicast: rng.percent(40),
         lag_bytes_max: rng.pick(&[journal_bytes / 8, journal_bytes / 4, journal_bytes / 2]),
         lag_max: ms(rng.pick(&[200, 1000, 5000])),

@@ -50,6 +50,8 @@ pub struct Setup {
     pub journal_bytes: u64,
     pub ack_write: AckPolicy,
     pub ack_flush: AckPolicy,
+    /// Each engine is configured with ack policies of its own.
+    pub policies_change: bool,
     pub multicast: bool,
     pub lag_bytes_max: u64,
     pub lag_max: Duration,
@@ -75,6 +77,7 @@ impl Setup {
             journal_bytes: 256 << 10,
             ack_write: ack,
             ack_flush: ack,
+            policies_change: false,
             multicast: false,
             lag_bytes_max: 64 << 10,
             lag_max: ms(2000),
