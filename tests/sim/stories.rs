@@ -153,6 +153,44 @@ fn an_engine_that_may_lack_acknowledged_writes_does_not_start_and_says_who_is_mi
 }
 
 #[test]
+fn a_changed_ack_policy_does_not_let_an_engine_start_without_what_the_one_before_acknowledged() {
+    let mut w = serving(Setup::quiet(15, AckPolicy::First));
+    w.stall_agent(0, ms(100));
+    w.stall_agent(1, ms(100));
+    let token = w.write(0, 0, 8, false);
+    w.done(0, token);
+    w.kill_agent(2, true);
+    w.kill_engine(0);
+    (w.setup.ack_write, w.setup.ack_flush) = (AckPolicy::Majority, AckPolicy::Majority);
+    let e = w.start_engine(true);
+    w.run_for(ms(25_000));
+    assert!(!w.engines[e].alive, "two of three would do for what a majority acknowledged, but one alone has");
+    assert!(matches!(w.refusals.last(), Some(StartRefusal::Missing { needed: 3, .. })), "{:?}", w.refusals);
+    w.start_agent(2);
+    let e = w.next_engine();
+    assert_eq!(w.read_now(e, 0, 8), payload(token, 0, 8));
+    w.settle_and_compare();
+}
+
+#[test]
+fn an_engine_with_a_weaker_ack_policy_serves_only_when_none_can_go_by_the_stronger_one_any_more() {
+    // Two of three stop at some moment of the start, so that the first record of the epoch reaches one alone.
+    for moment in 0..60 {
+        let mut w = serving(Setup::quiet(16 + moment, AckPolicy::Majority));
+        let before = w.durable(0).max(w.durable(1)).max(w.durable(2));
+        w.kill_engine(0);
+        (w.setup.ack_write, w.setup.ack_flush) = (AckPolicy::First, AckPolicy::First);
+        let e = w.start_engine(true);
+        w.run_for(ms(moment));
+        w.stall_agent(1, ms(500));
+        w.stall_agent(2, ms(500));
+        assert!(w.run_until(LONG, |w| w.engines[e].is_serving()));
+        let holding = (0..3).filter(|agent| w.durable(*agent) > before).count();
+        assert!(holding >= 2, "stopped after {moment} ms: {holding} of three knows the policy");
+    }
+}
+
+#[test]
 fn a_view_change_that_one_member_alone_holds_is_finished_by_the_next_engine() {
     let mut w = serving(Setup::quiet(6, AckPolicy::Majority));
     w.kill_agent(2, false);
