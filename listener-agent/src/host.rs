@@ -261,8 +261,13 @@ impl Shared {
             if state.stopping {
                 return None;
             }
-            if let Some(job) = take(&mut state.replica, self.now()) {
+            let now = self.now();
+            if let Some(job) = take(&mut state.replica, now) {
                 return Some(job);
+            }
+            // A journal without room asks for a checkpoint.
+            if state.replica.has_metadata(now) {
+                self.metadata_work.notify_one();
             }
             state = work.wait_timeout(state, IDLE_LOOK).expect("no thread panicked with the lock").0;
         }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,8 @@ use protocol::wire::{Prefix, frame_to_engine};
 use protocol::{ReplicaName, ToAgent, ToEngine};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{Notify, watch};
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::config::{AgentConfig, Endpoint};
@@ -49,7 +50,7 @@ pub enum AgentError {
         cause: io::Error,
     },
     /// A replica could not be closed in good order.
-    #[error("volume {volume}: the replica did not finish its work in time; it was not marked clean")]
+    #[error("volume {volume}: the replica could not be marked clean: its disk is full, failed, or too slow")]
     Unclean {
         /// The volume.
         volume: String,
@@ -90,7 +91,15 @@ pub struct AgentServer {
     listener: Listener,
     address: String,
     replicas: Arc<Replicas>,
-    connections: Arc<Semaphore>,
+    connections_max: usize,
+    /// Sessions that had promised nothing when last looked at, oldest first.
+    idle: VecDeque<Idle>,
+}
+
+/// A session that may give way to a new one.
+struct Idle {
+    promised: Arc<AtomicBool>,
+    task: AbortHandle,
 }
 
 /// The replicas of the data directory, by volume.
@@ -132,8 +141,8 @@ impl AgentServer {
             }
         });
         opened.await.map_err(|e| AgentError::Data { path: config.data.clone(), cause: io::Error::other(e) })?;
-        let connections = Arc::new(Semaphore::new(config.limits.connections_max as usize));
-        Ok(AgentServer { listener, address, replicas, connections })
+        let connections_max = config.limits.connections_max as usize;
+        Ok(AgentServer { listener, address, replicas, connections_max, idle: VecDeque::new() })
     }
 
     /// Where engines connect.
@@ -143,7 +152,7 @@ impl AgentServer {
     }
 
     /// Serves until `shutdown` turns true, then marks every replica clean.
-    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
+    pub async fn serve(mut self, mut shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
         let mut sessions = JoinSet::new();
         let stopped = async move {
             // A sender that is gone means the same as one that says stop.
@@ -168,7 +177,7 @@ impl AgentServer {
         closing.await.unwrap_or(Ok(()))
     }
 
-    async fn accept(&self, sessions: &mut JoinSet<()>) -> io::Result<()> {
+    async fn accept(&mut self, sessions: &mut JoinSet<()>) -> io::Result<()> {
         while sessions.try_join_next().is_some() {}
         match &self.listener {
             Listener::Tcp(listener) => {
@@ -185,23 +194,30 @@ impl AgentServer {
         Ok(())
     }
 
-    fn begin<R, W>(&self, sessions: &mut JoinSet<()>, from: String, reader: R, writer: W)
+    fn begin<R, W>(&mut self, sessions: &mut JoinSet<()>, from: String, reader: R, writer: W)
     where
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
     {
-        let Ok(permit) = self.connections.clone().try_acquire_owned() else {
-            warn!("refused {from}: limits.connections_max is reached");
-            return;
-        };
+        self.idle.retain(|idle| !idle.task.is_finished() && !idle.promised.load(Ordering::Relaxed));
+        if sessions.len() >= self.connections_max {
+            // Whoever only says hello must not keep out an engine that a volume depends on.
+            let Some(oldest) = self.idle.pop_front() else {
+                return warn!("refused {from}: limits.connections_max is reached");
+            };
+            oldest.task.abort();
+        }
         let replicas = self.replicas.clone();
-        sessions.spawn(async move {
-            match converse(&replicas, FrameReader::new(reader), writer, permit).await {
+        let promised = Arc::new(AtomicBool::new(false));
+        let flag = promised.clone();
+        let task = sessions.spawn(async move {
+            match converse(&replicas, FrameReader::new(reader), writer, flag).await {
                 Ok(()) => debug!("session with {from} ended"),
                 Err(e @ (ConnectionError::Closed | ConnectionError::Io(_))) => debug!("session with {from} ended: {e}"),
                 Err(e @ ConnectionError::Wire(_)) => warn!("closed the session with {from}: {e}"),
             }
         });
+        self.idle.push_back(Idle { promised, task });
     }
 }
 
@@ -429,7 +445,7 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     replicas: &Arc<Replicas>,
     mut reader: FrameReader<R>,
     mut writer: W,
-    _permit: OwnedSemaphorePermit,
+    promised: Arc<AtomicBool>,
 ) -> Result<(), ConnectionError> {
     let timed_out = |_| ConnectionError::Io(io::ErrorKind::TimedOut.into());
     let first = tokio::time::timeout(FIRST_MESSAGE_MAX, reader.read(Prefix::to_agent)).await.map_err(timed_out)??;
@@ -441,7 +457,11 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
             match blocking(move || replicas.greet(&hello)).await? {
                 Ok(host) => {
                     let sink = outbox.clone();
-                    Some(host.open_session(engine, Arc::new(move |message| sink.push(message))))
+                    let take = move |message| {
+                        promised.fetch_or(matches!(message, ToEngine::Promised(_)), Ordering::Relaxed);
+                        sink.push(message);
+                    };
+                    Some(host.open_session(engine, Arc::new(take)))
                 }
                 Err(refused) => {
                     outbox.push(ToEngine::Refused(refused));
@@ -481,6 +501,8 @@ async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::wire::frame_to_agent;
+    use tokio::net::TcpStream;
 
     #[tokio::test]
     async fn only_a_dead_socket_makes_room_for_a_new_one() {
@@ -500,18 +522,56 @@ mod tests {
         listen(&endpoint).await.unwrap();
     }
 
-    #[test]
-    fn a_volume_does_not_wait_for_another_that_is_being_opened_or_made() {
-        let data = tempfile::tempdir().unwrap();
-        let replicas = Replicas { data: data.path().to_owned(), images: BTreeMap::new(), slots: Mutex::default() };
-        let format = |volume: &str| Format {
+    fn format(volume: &str) -> Format {
+        Format {
             volume: volume.parse().unwrap(),
             replica: "a".parse().unwrap(),
             uuid: protocol::VolumeUuid([1; 16]),
             size_bytes: 1 << 20,
             journal_bytes: 1 << 20,
             view: protocol::View::new(vec!["a".parse().unwrap()]).unwrap(),
+        }
+    }
+
+    /// Says the words and reads the answer to the last of them.
+    async fn say(stream: &mut TcpStream, words: &[ToAgent]) -> Result<Vec<ToEngine>, ConnectionError> {
+        write_frames(stream, words.iter().map(frame_to_agent).collect()).await?;
+        tokio::time::timeout(FIRST_MESSAGE_MAX, FrameReader::new(stream).read(Prefix::to_engine)).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_session_that_promised_nothing_makes_room_for_a_new_one() {
+        let data = tempfile::tempdir().unwrap();
+        let listen = Endpoint::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        let mut config = AgentConfig::new(listen, data.path().to_owned());
+        config.limits.connections_max = 2;
+        let server = AgentServer::bind(&config).await.unwrap();
+        server.replicas.format(format("v")).unwrap();
+        let address = server.local_address();
+        let (_stop, stopping) = watch::channel(false);
+        tokio::spawn(server.serve(stopping));
+
+        let hello = |engine: u8| {
+            let (volume, replica) = ("v".parse().unwrap(), "a".parse().unwrap());
+            ToAgent::Hello(Hello { volume, replica, engine: [engine; 16] })
         };
+        let promise = ToAgent::Promise { epoch: protocol::Epoch(1), engine: [1; 16], lease_ms: 100 };
+        let mut serving = TcpStream::connect(&address).await.unwrap();
+        assert!(matches!(say(&mut serving, &[hello(1)]).await.unwrap()[..], [ToEngine::Welcome(_)]));
+        assert!(matches!(say(&mut serving, &[promise]).await.unwrap()[..], [ToEngine::Promised(_)]));
+        let mut idle = TcpStream::connect(&address).await.unwrap();
+        assert!(matches!(say(&mut idle, &[hello(2)]).await.unwrap()[..], [ToEngine::Welcome(_)]));
+        let mut next = TcpStream::connect(&address).await.unwrap();
+        assert!(matches!(say(&mut next, &[hello(3)]).await.unwrap()[..], [ToEngine::Welcome(_)]));
+        assert!(say(&mut idle, &[]).await.is_err(), "the idle one gave way");
+        let ping = ToAgent::Ping { token: 7 };
+        assert_eq!(say(&mut serving, &[ping]).await.unwrap(), [ToEngine::Pong { token: 7 }]);
+    }
+
+    #[test]
+    fn a_volume_does_not_wait_for_another_that_is_being_opened_or_made() {
+        let data = tempfile::tempdir().unwrap();
+        let replicas = Replicas { data: data.path().to_owned(), images: BTreeMap::new(), slots: Mutex::default() };
         replicas.format(format("busy")).unwrap();
         replicas.format(format("idle")).unwrap();
         let slot = locked(&replicas.slots)[&"busy".parse().unwrap()].clone();

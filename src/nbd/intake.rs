@@ -79,7 +79,15 @@ impl Intake {
     }
 
     /// Reads a payload into a buffer of exactly its size. The caller has checked `length` against its limits.
+    ///
+    /// A payload that trickles is given up as well as one that stops: it holds memory that other clients wait for.
     pub(super) async fn read_payload(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Payload> {
+        let limit = stall_timeout + Duration::from_secs((length / PAYLOAD_BYTES_PER_SECOND_MIN) as u64);
+        let reading = self.read_payload_unless_stalled(length, stall_timeout);
+        tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    async fn read_payload_unless_stalled(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Payload> {
         let mut any_waited = false;
         while length <= SMALL_PAYLOAD_BYTES_MAX && self.buffered_bytes() < length {
             match unless_stalled(stall_timeout, self.fill()).await? {
@@ -130,6 +138,9 @@ impl Intake {
         }
     }
 }
+
+/// A client must send payloads at least this fast, beside [`super::Limits::stall_timeout`].
+const PAYLOAD_BYTES_PER_SECOND_MIN: usize = 256 * 1024;
 
 async fn unless_stalled<T>(stall_timeout: Duration, read: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(stall_timeout, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
