@@ -1,33 +1,32 @@
 //! The agent as engines meet it: listens, opens the replicas of its data directory, and joins each connection with the
 //! replica it asks for. Owns no rule of replication.
 
-use std::collections::{BTreeMap, VecDeque};
+mod outbox;
+mod replicas;
+
+use std::collections::VecDeque;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use protocol::message::{Format, Hello, Refused, RefusedReason};
+use protocol::message::RefusedReason;
 use protocol::wire::{Prefix, frame_to_engine};
-use protocol::{ReplicaName, ToAgent, ToEngine};
+use protocol::{ToAgent, ToEngine};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, warn};
 
 use crate::config::{AgentConfig, Endpoint};
 use crate::connection::{ConnectionError, FrameReader, write_frames};
-use crate::directory::{self, DirectoryError, NewReplica};
-use crate::host::{Reach, ReplicaHost};
-use crate::journal;
-use crate::superblock::Identity;
+use outbox::Outbox;
+use replicas::{Replicas, refused, volumes_in};
 
 const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(10);
-/// An engine that takes so little of what it asked for that more than this waits for it is cut off.
-const OUTBOX_BYTES_MAX: usize = 128 << 20;
 const CLOSE_MAX: Duration = Duration::from_secs(4);
 
 /// Why an agent does not serve.
@@ -102,22 +101,6 @@ struct Idle {
     task: AbortHandle,
 }
 
-/// The replicas of the data directory, by volume.
-struct Replicas {
-    data: PathBuf,
-    /// Block devices for new replicas, by volume.
-    images: BTreeMap<ReplicaName, PathBuf>,
-    slots: Mutex<BTreeMap<ReplicaName, Slot>>,
-}
-
-/// The place of one replica. Locked while it is opened or made, which may take minutes: the other volumes must not wait
-/// for that.
-type Slot = Arc<Mutex<Option<Arc<ReplicaHost>>>>;
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect("no thread panicked with the lock")
-}
-
 impl AgentServer {
     /// Takes the address and opens all replicas. One that cannot be opened is reported and does not keep the others
     /// from service.
@@ -128,8 +111,7 @@ impl AgentServer {
             Listener::Tcp(socket) => socket.local_addr().map_err(bind_error)?.to_string(),
             Listener::Unix(_, _) => config.listen.to_string(),
         };
-        let replicas =
-            Arc::new(Replicas { data: config.data.clone(), images: config.images.clone(), slots: Mutex::default() });
+        let replicas = Arc::new(Replicas::new(config.data.clone(), config.images.clone()));
         let opening = replicas.clone();
         let volumes =
             volumes_in(&config.data).map_err(|cause| AgentError::Data { path: config.data.clone(), cause })?;
@@ -252,182 +234,6 @@ async fn remove_dead_socket(path: &Path) -> io::Result<()> {
     }
 }
 
-fn volumes_in(data: &Path) -> io::Result<Vec<ReplicaName>> {
-    let mut volumes = Vec::new();
-    for entry in std::fs::read_dir(data)? {
-        let entry = entry?;
-        let name = entry.file_name().into_string().ok().and_then(|n| n.parse().ok());
-        if let Some(name) = name.filter(|_| directory::holds_replica(&entry.path())) {
-            volumes.push(name);
-        }
-    }
-    volumes.sort();
-    Ok(volumes)
-}
-
-impl Replicas {
-    /// The replica of `volume`, opened if it is not yet: it may have been put there since.
-    fn host(&self, volume: &ReplicaName) -> Result<Arc<ReplicaHost>, DirectoryError> {
-        let path = self.data.join(volume.as_str());
-        let slot = match locked(&self.slots).get(volume) {
-            Some(slot) => slot.clone(),
-            // Names that mean nothing here are not remembered.
-            None if !directory::holds_replica(&path) => return Err(DirectoryError::Missing { path }),
-            None => Slot::default(),
-        };
-        let slot = locked(&self.slots).entry(volume.clone()).or_insert(slot).clone();
-        let mut open = locked(&slot);
-        if let Some(host) = &*open {
-            return Ok(host.clone());
-        }
-        let host = Arc::new(ReplicaHost::open(&path, Reach::Network)?);
-        *open = Some(host.clone());
-        Ok(host)
-    }
-
-    fn greet(&self, hello: &Hello) -> Result<Arc<ReplicaHost>, Refused> {
-        let host = self.host(&hello.volume).map_err(|e| match e {
-            DirectoryError::Missing { .. } => {
-                refused(RefusedReason::NoReplica, format!("the agent holds no replica of volume {}", hello.volume))
-            }
-            other => refused(RefusedReason::Unusable, other.to_string()),
-        })?;
-        let (volume, replica) = (&host.identity().volume, &host.identity().replica);
-        if *volume != hello.volume || *replica != hello.replica {
-            let text = format!("the agent holds replica {replica} of volume {volume} there");
-            return Err(refused(RefusedReason::NoReplica, text));
-        }
-        Ok(host)
-    }
-
-    fn format(&self, format: Format) -> Result<(), Refused> {
-        let unusable = |text: String| refused(RefusedReason::Unusable, text);
-        let sound = directory::is_size_allowed(format.size_bytes)
-            && directory::is_size_allowed(format.journal_bytes)
-            && format.journal_bytes >= journal::FILE_BYTES_MIN
-            && format.view.contains(&format.replica);
-        if !sound {
-            return Err(unusable("the sizes or members of the new replica make no sense".to_owned()));
-        }
-        let slot = locked(&self.slots).entry(format.volume.clone()).or_default().clone();
-        let mut open = locked(&slot);
-        let dir = self.data.join(format.volume.as_str());
-        // One that never served may be made anew; the lock on it is given back first.
-        open.take_if(|host| host.is_pristine());
-        let identity = Identity {
-            uuid: format.uuid,
-            volume: format.volume,
-            replica: format.replica,
-            size_bytes: format.size_bytes,
-            journal_bytes: format.journal_bytes,
-        };
-        let label = format!("volume {} replica {}", identity.volume, identity.replica);
-        let image = self.images.get(&identity.volume).cloned();
-        directory::create(&dir, &NewReplica { identity, view: format.view, image }).map_err(|e| match e {
-            DirectoryError::HasData { .. } | DirectoryError::InUse { .. } => {
-                refused(RefusedReason::HasData, e.to_string())
-            }
-            other => unusable(other.to_string()),
-        })?;
-        info!("{label}: made in {}", dir.display());
-        Ok(())
-    }
-
-    fn close_all(&self, deadline: Instant) -> Result<(), AgentError> {
-        let slots = std::mem::take(&mut *locked(&self.slots));
-        // One that is still being opened or made has served nobody, and is begun anew at the next start.
-        let open = slots.iter().filter_map(|(volume, slot)| Some((volume, slot.try_lock().ok()?.take()?)));
-        let mut outcome = Ok(());
-        std::thread::scope(|scope| {
-            let closing: Vec<_> =
-                open.map(|(volume, host)| (volume, scope.spawn(move || host.close(deadline)))).collect();
-            for (volume, thread) in closing {
-                if !thread.join().unwrap_or(false) {
-                    outcome = Err(AgentError::Unclean { volume: volume.to_string() });
-                }
-            }
-        });
-        outcome
-    }
-}
-
-fn refused(reason: RefusedReason, text: String) -> Refused {
-    Refused { reason, text }
-}
-
-/// What waits to be written to an engine.
-#[derive(Default)]
-struct Outbox {
-    waiting: Mutex<Waiting>,
-    news: Notify,
-}
-
-#[derive(Default)]
-struct Waiting {
-    messages: VecDeque<ToEngine>,
-    bytes: usize,
-    overrun: bool,
-}
-
-fn bulk_bytes(message: &ToEngine) -> usize {
-    match message {
-        ToEngine::ReadDone { outcome: protocol::message::ReadOutcome::Data { data, .. }, .. } => data.len() + 64,
-        ToEngine::Fetched(record) => record.payload.len() + 64,
-        ToEngine::ReadDone { .. }
-        | ToEngine::Welcome(_)
-        | ToEngine::Formatted
-        | ToEngine::Promised(_)
-        | ToEngine::Durable { .. }
-        | ToEngine::Pong { .. }
-        | ToEngine::FetchEnd { .. }
-        | ToEngine::Condition(_)
-        | ToEngine::Refused(_) => 64,
-    }
-}
-
-impl Outbox {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        locked(&self.waiting)
-    }
-
-    fn push(&self, message: ToEngine) {
-        let mut waiting = self.lock();
-        // Durability is cumulative: the later message says it all.
-        if let (ToEngine::Durable { seq }, Some(ToEngine::Durable { seq: last })) =
-            (&message, waiting.messages.back_mut())
-        {
-            *last = (*last).max(*seq);
-            return;
-        }
-        waiting.bytes += bulk_bytes(&message);
-        if waiting.bytes > OUTBOX_BYTES_MAX {
-            waiting.overrun = true;
-            waiting.messages.clear();
-        } else {
-            waiting.messages.push_back(message);
-        }
-        drop(waiting);
-        self.news.notify_one();
-    }
-
-    /// Waits for messages; `None` if the engine is to be cut off.
-    async fn take(&self) -> Option<Vec<ToEngine>> {
-        loop {
-            {
-                let mut waiting = self.lock();
-                if waiting.overrun {
-                    return None;
-                }
-                if !waiting.messages.is_empty() {
-                    waiting.bytes = 0;
-                    return Some(std::mem::take(&mut waiting.messages).into());
-                }
-            }
-            self.news.notified().await;
-        }
-    }
-}
-
 /// Writes what the outbox gives until a refusal, which ends the session.
 async fn write_outbox(outbox: &Outbox, writer: &mut (impl AsyncWrite + Unpin)) -> Result<(), ConnectionError> {
     while let Some(messages) = outbox.take().await {
@@ -500,8 +306,12 @@ async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) 
 
 #[cfg(test)]
 mod tests {
+    use super::replicas::locked;
     use super::*;
+    use crate::directory::{self, DirectoryError};
+    use protocol::message::{Format, Hello};
     use protocol::wire::frame_to_agent;
+    use std::collections::BTreeMap;
     use tokio::net::TcpStream;
 
     #[tokio::test]
@@ -571,7 +381,7 @@ mod tests {
     #[test]
     fn a_volume_does_not_wait_for_another_that_is_being_opened_or_made() {
         let data = tempfile::tempdir().unwrap();
-        let replicas = Replicas { data: data.path().to_owned(), images: BTreeMap::new(), slots: Mutex::default() };
+        let replicas = Replicas::new(data.path().to_owned(), BTreeMap::new());
         replicas.format(format("busy")).unwrap();
         replicas.format(format("idle")).unwrap();
         let slot = locked(&replicas.slots)[&"busy".parse().unwrap()].clone();
