@@ -17,6 +17,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod jobs;
 mod lease;
 mod reads;
 #[cfg(test)]
@@ -34,9 +35,10 @@ use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Se
 
 use crate::image::Trust;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
-use crate::journal::ring::{Ring, Segment};
+use crate::journal::ring::Ring;
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
 use crate::superblock::{JournalTail, Superblock};
+pub use jobs::{ApplyError, ApplyJob, FetchJob, GroupJob, MetadataJob};
 use lease::Leases;
 pub use reads::ReadJob;
 use reads::ReadQueue;
@@ -60,58 +62,6 @@ const APPLY_BATCH_RECORDS_MAX: usize = 128;
 const APPLY_BATCH_BYTES_MAX: u64 = 4 << 20;
 const FETCH_BYTES_MAX: u64 = 4 << 20;
 const NO_SPACE_RETRY: Duration = Duration::from_millis(500);
-
-/// A group to write to the journal.
-#[derive(Debug)]
-pub struct GroupJob {
-    /// Where, bytes behind the journal's header.
-    pub offset: u64,
-    /// What the checksums of the records start from.
-    pub salt: Salt,
-    /// Goes into each record.
-    pub generation: u64,
-    /// The records.
-    pub records: Vec<Record>,
-}
-
-/// Records to apply to the image, in order.
-#[derive(Debug)]
-pub struct ApplyJob {
-    /// The records.
-    pub records: Vec<Record>,
-    /// Whether blocks that they change in part must match their checksums: not after an attempt that got stuck halfway.
-    pub trust: Trust,
-}
-
-/// A superblock to write.
-#[derive(Debug)]
-pub struct MetadataJob {
-    /// Whether the image must be made durable first.
-    pub sync_image: bool,
-    /// What to write.
-    pub superblock: Superblock,
-}
-
-/// Records to read from the journal for another member.
-#[derive(Clone, Debug)]
-pub struct FetchJob {
-    session: SessionId,
-    from: Seq,
-    to: Seq,
-    /// What the checksums of the records start from.
-    pub salt: Salt,
-    /// Where they are.
-    pub segments: Vec<Segment>,
-}
-
-/// Why a batch was not applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApplyError {
-    /// The disk is full: worth another try later.
-    NoSpace,
-    /// Anything else.
-    Failed,
-}
 
 #[derive(Clone, Copy, Debug)]
 struct PendingPromise {
