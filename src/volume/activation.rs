@@ -15,7 +15,7 @@ use std::time::Duration;
 use protocol::message::{Promised, Welcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View};
+use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
 use super::log::Log;
 use super::membership::Membership;
@@ -194,7 +194,6 @@ impl<T> Volume<T> {
             self.peers[peer].last_error = Some(what);
             return self.disconnect(now, peer);
         }
-        self.uuid.get_or_insert(welcome.uuid);
         let (take_over, serving) = (self.settings.take_over, self.log.is_some());
         let at = &mut self.peers[peer];
         if let Some(ms_ago) = welcome.other_engine_ms_ago
@@ -406,7 +405,25 @@ impl<T> Volume<T> {
         holding >= self.settings.ack_write.needed(view.len()).max(overlooked_by_none)
     }
 
+    /// The volume that most of the replicas belong to, and one that belongs to another.
+    fn agree_on_volume(&self) -> Option<(VolumeUuid, Option<PeerId>)> {
+        let uuids: Vec<(PeerId, VolumeUuid)> =
+            self.peers.iter().enumerate().filter_map(|(id, p)| Some((id, p.welcome.as_ref()?.uuid))).collect();
+        let count = |uuid| uuids.iter().filter(|(_, other)| *other == uuid).count();
+        // Of equals the first in the configuration counts.
+        let most = uuids.iter().map(|(_, uuid)| *uuid).rev().max_by_key(|uuid| count(*uuid))?;
+        Some((most, uuids.iter().find(|(_, uuid)| *uuid != most).map(|(id, _)| *id)))
+    }
+
     fn begin_promise(&mut self, now: Time) {
+        let Some((uuid, stranger)) = self.agree_on_volume() else { return };
+        if let Some(stranger) = stranger {
+            let found = self.peers[stranger].welcome.as_ref().map(|w| w.uuid).unwrap_or_default();
+            let what = format!("belongs to volume {found}, the others to volume {uuid}");
+            let replica = self.peers[stranger].name.clone();
+            return self.refuse_start(StartRefusal::Mismatch { replica, what });
+        }
+        self.uuid = Some(uuid);
         let Some(activation) = self.activation() else { return };
         let epoch = Epoch(activation.highest_promised.max(Epoch(0)).0 + 1);
         activation.highest_promised = epoch;

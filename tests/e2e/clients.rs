@@ -54,7 +54,8 @@ impl Demo {
                 .arg("--size")
                 .arg(format!("{}MiB", self.size >> 20))
                 .args(["--replicas", "3", "--listen"])
-                .arg(format!("127.0.0.1:{port}"));
+                .arg(format!("127.0.0.1:{port}"))
+                .args(["--admin", "127.0.0.1:0"]);
         });
         let uri = self.uri();
         program.wait_for_line(&uri, |line| line.contains(&uri));
