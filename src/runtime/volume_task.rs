@@ -258,7 +258,10 @@ impl VolumeTask {
         match notice {
             Notice::ViewInForce { view, seq } => info!("volume {volume}: the view is {view} since record {seq}"),
             Notice::Dropping { replica, reason } => {
-                warn!("volume {volume}, replica {replica}: leaves the view: {}", drop_reason(*reason));
+                warn!(
+                    "volume {volume}, replica {replica}: leaves the view and stays out: {} (README: restoring redundancy)",
+                    drop_reason(*reason)
+                );
             }
             Notice::Replaying { replica, source, records } => {
                 info!("volume {volume}, replica {replica}: gets {records} missing records from {source}");
@@ -267,6 +270,19 @@ impl VolumeTask {
                 "volume {volume}, replica {replica}: had acknowledged record {acknowledged} and came back at {found}: \
                  its disk lost data or it belongs to another history"
             ),
+            Notice::Lost { replica, reason } => {
+                warn!(
+                    "volume {volume}, replica {replica}: out of reach: {reason}; its queue is kept up to the lag limits"
+                );
+            }
+            Notice::Back { replica, records } => {
+                info!("volume {volume}, replica {replica}: back, {records} records behind");
+            }
+            Notice::Frozen(true) => error!(
+                "volume {volume}: frozen, too few members are in reach; I/O waits, and fails after {:?}",
+                self.settings.freeze
+            ),
+            Notice::Frozen(false) => info!("volume {volume}: enough members are in reach again"),
             Notice::ReadFailed { replica, offset: Some(offset) } => {
                 error!("volume {volume}, replica {replica}: the block at byte {offset} does not match its checksum");
             }

@@ -292,6 +292,9 @@ impl<T> Volume<T> {
             return;
         }
         at.restart_from(found.seq);
+        let back = Notice::Back { replica: at.name.clone(), records: end.seq.ahead_of(found.seq) };
+        self.events.push_back(Event::Notice(back));
+        let at = &mut self.peers[peer];
         // It may have missed this while it was away, and have no room in its journal until it knows.
         at.push_urgent(ToAgent::Stable { seq: self.stable_told });
     }

@@ -166,6 +166,22 @@ pub enum Notice {
         /// First byte of the bad block, if it is known.
         offset: Option<u64>,
     },
+    /// The connection to a member is gone.
+    Lost {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
+    /// A member is back and gets what it lacks.
+    Back {
+        /// Which.
+        replica: ReplicaName,
+        /// How much that is.
+        records: u64,
+    },
+    /// Too few members are in reach to acknowledge anything, or enough again.
+    Frozen(bool),
     /// The disk of a replica is full, or no longer.
     Space {
         /// Which.

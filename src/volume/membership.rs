@@ -9,7 +9,7 @@ use protocol::ranges::merge;
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
 
-use super::peer::Role;
+use super::peer::{Peer, Role};
 use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
 use protocol::message::Condition;
 use protocol::ranges::ByteRange;
@@ -43,8 +43,8 @@ impl Membership {
     }
 }
 
-/// A member that acknowledged nothing for so long hangs.
-const PROGRESS_WINDOW: Time = Time::from_millis(200);
+/// How long a change may be held back for a member that is half-way to its limit.
+const PACE_MAX: Time = Time::from_millis(20);
 
 /// A full disk makes a replica leave only after this time: disks shared by several replicas fill up together.
 const FULL_GRACE: Time = Time::from_millis(1000);
@@ -88,7 +88,7 @@ impl<T> Volume<T> {
     /// Up to here every member holds the order; members that leave count until they have left.
     pub(super) fn stable_seq(&self) -> Option<Seq> {
         let membership = self.membership.as_ref()?;
-        let counts = |p: &&super::Peer| membership.in_force.contains(&p.name) || membership.target().contains(&p.name);
+        let counts = |p: &&Peer| membership.in_force.contains(&p.name) || membership.target().contains(&p.name);
         let known = membership.in_force.members().iter().all(|m| self.peers.iter().any(|p| p.name == *m));
         self.peers.iter().filter(counts).map(|p| p.durable).min().filter(|_| known)
     }
@@ -136,7 +136,8 @@ impl<T> Volume<T> {
         }
         let front = self.peers.iter().filter(|p| p.is_ready_member()).map(|p| p.durable).max()?;
         let too_far = log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max;
-        if too_far && !self.settings.throttle {
+        let hangs = !peer.is_ready() || self.is_stalled(peer, now);
+        if too_far && hangs && !self.settings.throttle {
             return Some(DropReason::LagBytes);
         }
         let waits = log.queued_at(missing).map(|at| now.saturating_sub(at)).filter(|_| front >= missing);
@@ -202,18 +203,25 @@ impl<T> Volume<T> {
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
     }
 
-    /// Whether a member is half-way to its limit and still makes progress. New changes then wait a little, so that a
-    /// replica that is merely slower for a while is not lost; one that hangs is not waited for.
-    pub(super) fn is_paced(&self, now: Time) -> bool {
-        let Some(log) = self.log.as_ref().filter(|log| log.bytes() > self.settings.lag_bytes_max / 2) else {
-            return false;
-        };
+    /// Whether a change that was held back for `held` is to wait on, for a member that falls behind but makes progress:
+    /// a little when it is half-way to its limit, and until it has caught up when it is nearly there. A replica that is
+    /// merely slower than the client writes is so not lost; one that hangs is not waited for.
+    pub(super) fn is_paced(&self, now: Time, held: Time) -> bool {
+        let lag_bytes_max = self.settings.lag_bytes_max;
+        let Some(log) = self.log.as_ref().filter(|log| log.bytes() > lag_bytes_max / 2) else { return false };
         let ready = || self.peers.iter().filter(|p| p.is_ready_member());
         let Some(front) = ready().map(|p| p.durable).max() else { return false };
         ready().any(|p| {
-            log.bytes_between(p.durable, front) > self.settings.lag_bytes_max / 2
-                && now.saturating_sub(p.progress_at) < PROGRESS_WINDOW
+            let lag_bytes = log.bytes_between(p.durable, front);
+            let holds = lag_bytes > lag_bytes_max / 8 * 7 || (lag_bytes > lag_bytes_max / 2 && held < PACE_MAX);
+            holds && !self.is_stalled(p, now)
         })
+    }
+
+    /// Whether a member that lacks records has been silent for much longer than it takes usually.
+    fn is_stalled(&self, peer: &Peer, now: Time) -> bool {
+        let queued_at = self.log.as_ref().and_then(|log| log.queued_at(peer.durable.next()));
+        queued_at.is_some_and(|queued_at| peer.is_silent_since(queued_at, now))
     }
 
     /// Whether too few members are in the view or in reach to acknowledge anything.

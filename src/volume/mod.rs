@@ -107,8 +107,6 @@ struct HeldChange<T> {
     queued_at: Time,
 }
 
-/// How long a change may be held back for a member that is falling behind: what such a member costs a client at most.
-const PACE_MAX: Duration = Duration::from_millis(20);
 const STABLE_INTERVAL: Duration = Duration::from_millis(50);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than pings may take: a promise waits for a checkpoint that is being taken.
@@ -193,13 +191,15 @@ impl<T> Volume<T> {
     /// The connection to a peer is gone, or could not be made.
     pub fn peer_disconnected(&mut self, now: Time, peer: PeerId, reason: String) {
         let at = &mut self.peers[peer];
-        // What the agent said before it closed tells more than that it closed.
-        if !matches!(at.link, Link::Down { .. }) || at.last_error.is_none() {
-            at.last_error.get_or_insert(reason);
-        } else {
-            at.last_error = Some(reason);
+        // Why the volume ended the connection tells more than that it ended.
+        if !std::mem::take(&mut at.ended) {
+            at.last_error = Some(reason.clone());
         }
-        at.reset(now);
+        if at.is_ready_member() {
+            let replica = at.name.clone();
+            self.events.push_back(Event::Notice(Notice::Lost { replica, reason }));
+        }
+        self.peers[peer].reset(now);
         self.reads_lost(now, peer);
         if self.is_dead() {
             return;
@@ -209,6 +209,12 @@ impl<T> Volume<T> {
     }
 
     fn disconnect(&mut self, now: Time, peer: PeerId) {
+        let at = &mut self.peers[peer];
+        at.ended = !matches!(at.link, Link::Down { .. });
+        if at.is_ready_member() {
+            let reason = at.last_error.clone().unwrap_or_default();
+            self.events.push_back(Event::Notice(Notice::Lost { replica: at.name.clone(), reason }));
+        }
         self.peers[peer].reset(now);
         self.events.push_back(Event::Disconnect(peer));
         self.reads_lost(now, peer);
@@ -352,7 +358,7 @@ impl<T> Volume<T> {
             if self.log.as_ref().is_none_or(|log| log.bytes() >= bytes_max) || self.is_full() {
                 return false;
             }
-            if now.saturating_sub(change.queued_at) < PACE_MAX && self.is_paced(now) {
+            if self.is_paced(now, now.saturating_sub(change.queued_at)) {
                 return false;
             }
             let step = match kind {
@@ -388,6 +394,7 @@ impl<T> Volume<T> {
 
     fn on_durable(&mut self, now: Time, peer: PeerId, seq: Seq) {
         let sent = self.replay_sent(peer).unwrap_or(self.peers[peer].sent());
+        let queued_at = self.log.as_ref().and_then(|log| log.queued_at(self.peers[peer].durable.next()));
         let at = &mut self.peers[peer];
         if !at.is_ready() || seq <= at.durable {
             return;
@@ -398,8 +405,7 @@ impl<T> Volume<T> {
             self.disconnect(now, peer);
             return self.activation_lost(now, peer);
         }
-        at.durable = seq;
-        at.progress_at = now;
+        at.acknowledge(seq, queued_at, now);
     }
 
     /// Draws the consequences of whatever happened.
@@ -487,6 +493,9 @@ impl<T> Volume<T> {
     /// place in the order keeps it and may still come to pass.
     fn expire(&mut self, now: Time) {
         let frozen = self.is_frozen();
+        if frozen != self.frozen_since.is_some() && matches!(self.phase, Phase::Serving) {
+            self.notice(Notice::Frozen(frozen));
+        }
         self.frozen_since = frozen.then(|| self.frozen_since.unwrap_or(now));
         if self.frozen_since.is_some_and(|since| now.saturating_sub(since) >= self.settings.freeze) {
             self.fail_waiting(Failure::Io);

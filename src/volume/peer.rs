@@ -10,6 +10,9 @@ use super::log::Log;
 
 /// Journal bytes sent to a peer and not yet durable there, at most. It is what a replica must hold in memory.
 pub(super) const WINDOW_BYTES: u64 = 16 << 20;
+/// A member that is silent for eight times what it takes usually, within these bounds, is taken to hang.
+const SILENCE_MIN: Time = Time::from_millis(100);
+const SILENCE_MAX: Time = Time::from_millis(2000);
 /// Reads on their way to or at a peer, at most.
 pub(super) const READS_OUTSTANDING_MAX: usize = 64;
 
@@ -62,7 +65,9 @@ pub(super) struct Peer {
     /// Every record up to here is durable there.
     pub(super) durable: Seq,
     /// When it last acknowledged something new.
-    pub(super) progress_at: Time,
+    progress_at: Time,
+    /// How long it takes to do so when there is something to acknowledge, smoothed.
+    progress_takes: Option<Time>,
     /// The last record handed to the link.
     sent: Seq,
     queued: VecDeque<Queued>,
@@ -74,6 +79,8 @@ pub(super) struct Peer {
     pub(super) ping: Option<(u64, Time)>,
     pub(super) last_ping_at: Time,
     pub(super) checksum_errors: u64,
+    /// Whether the volume itself ended the connection, for the reason in `last_error`.
+    pub(super) ended: bool,
     /// Why it was last refused or lost, for people.
     pub(super) last_error: Option<String>,
 }
@@ -90,6 +97,7 @@ impl Peer {
             full_since: None,
             durable: Seq(0),
             progress_at: Time::ZERO,
+            progress_takes: None,
             sent: Seq(0),
             queued: VecDeque::new(),
             urgent: VecDeque::new(),
@@ -98,6 +106,7 @@ impl Peer {
             ping: None,
             last_ping_at: Time::ZERO,
             checksum_errors: 0,
+            ended: false,
             last_error: None,
         }
     }
@@ -124,6 +133,22 @@ impl Peer {
             Link::Greeting { since } | Link::Promising { sent_at: since } => now.saturating_sub(since) > limit,
             Link::Down { .. } | Link::Welcomed | Link::Ready => false,
         }
+    }
+
+    /// Notes that records up to `durable` are durable there; the first of them was given out at `queued_at`.
+    pub(super) fn acknowledge(&mut self, durable: Seq, queued_at: Option<Time>, now: Time) {
+        if let Some(queued_at) = queued_at {
+            let took = now.saturating_sub(self.progress_at.max(queued_at));
+            self.progress_takes = Some(self.progress_takes.map_or(took, |usual| usual * 7 / 8 + took / 8));
+        }
+        self.durable = durable;
+        self.progress_at = now;
+    }
+
+    /// Whether it acknowledged nothing for much longer than usual, although a record waits since `queued_at`.
+    pub(super) fn is_silent_since(&self, queued_at: Time, now: Time) -> bool {
+        let usual = self.progress_takes.unwrap_or(SILENCE_MIN);
+        now.saturating_sub(self.progress_at.max(queued_at)) > (usual * 8).clamp(SILENCE_MIN, SILENCE_MAX)
     }
 
     /// The connection is gone, or will be: nothing queued will arrive.

@@ -73,8 +73,8 @@ fn a_stalled_member_is_dropped_at_the_lag_limit_and_writes_go_on() {
         w.done(0, token);
         slowest = slowest.max(w.now - asked);
     }
-    // A member that was there until just now may cost a pace of 20 ms and a tick, and no more.
-    assert!(slowest < ms(40), "the stalled member shows: {slowest:?}");
+    // At the limit a member that was there until just now is waited for until its silence tells: 100 ms and a tick.
+    assert!(slowest < ms(130), "the stalled member shows: {slowest:?}");
     assert!(w.run_until(LONG, |w| w.view(0) == "a b"));
     assert!(w.dropped_for(DropReason::LagBytes));
     assert!(w.durable(2) < w.durable(0));
