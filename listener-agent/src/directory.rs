@@ -12,6 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
 use rustix::fs::{FlockOperation, SeekFrom, flock};
 use rustix::io::Errno;
@@ -94,6 +95,14 @@ pub enum DirectoryError {
         /// What is wrong.
         cause: SuperblockError,
     },
+    /// The device that the image should be on holds something else.
+    #[error("{path}: {device} does not hold the image of this replica", device = device.display(), path = path.display())]
+    ForeignDevice {
+        /// The directory.
+        path: PathBuf,
+        /// The device that `image.raw` names.
+        device: PathBuf,
+    },
     /// A file has another size than the superblock says.
     #[error("{path} has {found} bytes where {expected} are needed")]
     Size {
@@ -133,6 +142,9 @@ impl DirectoryError {
             DirectoryError::Io { cause, .. } if cause.kind() == io::ErrorKind::PermissionDenied => {
                 "run as a user who may write there, or change the owner of the directory"
             }
+            DirectoryError::Io { cause, .. } if cause.kind() == io::ErrorKind::ResourceBusy => {
+                "unmount the device, or stop what else uses it: it may be the image of another replica"
+            }
             DirectoryError::Io { .. } => "check the path and the disk",
             DirectoryError::Missing { .. } => {
                 "check the path (DATA/VOLUME); `nbdcast create --config FILE` makes the replicas of a new volume"
@@ -150,6 +162,9 @@ impl DirectoryError {
             }
             DirectoryError::Superblock { .. } | DirectoryError::Recover { .. } => {
                 "keep the directory as it is; the other replicas hold the data, this one must be made anew from them"
+            }
+            DirectoryError::ForeignDevice { .. } => {
+                "the name may mean another disk now: let the link image.raw name the right one (/dev/disk/by-id/...)"
             }
             DirectoryError::Size { .. } => "give a file or device that is large enough",
             DirectoryError::JournalHeader { .. } => "put back the journal that belongs to this replica",
@@ -373,7 +388,39 @@ pub fn open_files(
 pub fn open(dir: &Path) -> Result<OpenReplica, DirectoryError> {
     let (superblock, file) = read_superblock(dir)?;
     let files = open_files(dir, &superblock.identity, file)?;
+    refuse_foreign_device(dir, &files, &superblock)?;
     recover(files, superblock).map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })
+}
+
+/// Blocks looked at to tell whether a device holds the image.
+const DEVICE_SAMPLES: u64 = 64;
+
+/// The name of a device may mean another disk than when the replica was made. Replaying onto that would destroy what is
+/// on it, so blocks that the journal will not write are compared with their checksums first.
+fn refuse_foreign_device(dir: &Path, files: &ReplicaFiles, superblock: &Superblock) -> Result<(), DirectoryError> {
+    let path = dir.join(IMAGE);
+    let Ok(device) = fs::read_link(&path) else { return Ok(()) };
+    let mut in_journal: Vec<ByteRange> = Vec::new();
+    let scanned = scan(files.journal.as_ref(), ScanStart::of(superblock), &mut |record| {
+        if record.seq() > superblock.checkpoint.seq {
+            in_journal.push(record.header.range().aligned(BLOCK_BYTES));
+        }
+        Ok(())
+    });
+    scanned.map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })?;
+    let image = Image::new(files);
+    let size_bytes = superblock.identity.size_bytes;
+    let stride = (size_bytes / DEVICE_SAMPLES).next_multiple_of(BLOCK_BYTES).max(BLOCK_BYTES);
+    let (mut good, mut bad) = (0, 0);
+    for start in (0..size_bytes).step_by(stride as usize) {
+        let part = ByteRange { offset: start, length: stride.min(size_bytes - start) };
+        let Some(block) = image.first_written(part).map_err(at(&path))? else { continue };
+        if in_journal.iter().all(|r| !r.overlaps(block)) {
+            let matches = image.read_verified(block).map_err(at(&path))?.is_ok();
+            (good, bad) = (good + u32::from(matches), bad + u32::from(!matches));
+        }
+    }
+    if bad > good { Err(DirectoryError::ForeignDevice { path: dir.to_owned(), device }) } else { Ok(()) }
 }
 
 /// Replays the journal and begins a new generation.
@@ -433,6 +480,31 @@ mod tests {
             assert!(matches!(refused, Err(DirectoryError::StrayImage { .. })), "{refused:?}");
         }
         assert_eq!(fs::read(dir.join(IMAGE)).unwrap()[4096..4104], *b"precious");
+    }
+
+    #[test]
+    fn a_device_that_is_another_disk_now_is_refused() {
+        let data = tempfile::tempdir().unwrap();
+        let dir = data.path().join("v");
+        create(&dir, &new_replica()).unwrap();
+        let (device, other) = (data.path().join("device"), data.path().join("other"));
+        fs::rename(dir.join(IMAGE), &device).unwrap();
+        fs::write(&other, vec![7; 1 << 20]).unwrap();
+        let name_device = |target: &Path| {
+            let _ = fs::remove_file(dir.join(IMAGE));
+            std::os::unix::fs::symlink(target, dir.join(IMAGE)).unwrap();
+        };
+        name_device(&device);
+        let opened = open(&dir).unwrap();
+        let position = Position { epoch: Epoch(1), seq: Seq(1) };
+        let range = ByteRange { offset: 8192, length: 4096 };
+        let record = protocol::Record::new(position, protocol::RecordKind::Write, range, vec![9; 4096].into());
+        Image::new(&opened.files).apply(&record, Trust::Verified).unwrap();
+        drop(opened);
+        open(&dir).expect("it is the device that was written");
+        name_device(&other);
+        assert!(matches!(open(&dir), Err(DirectoryError::ForeignDevice { .. })));
+        assert!(fs::read(&other).unwrap().iter().all(|byte| *byte == 7));
     }
 
     #[test]

@@ -154,6 +154,15 @@ impl Image {
         Ok(bytes.as_chunks().0.iter().map(|c| u32::from_le_bytes(*c)).collect())
     }
 
+    /// The first block of a range of whole blocks that holds anything but zeroes, by its checksum. Looks at no more than
+    /// the first 64 MiB.
+    pub fn first_written(&self, range: ByteRange) -> io::Result<Option<ByteRange>> {
+        let blocks = (range.length / BLOCK_BYTES).min(16 * 1024) as usize;
+        let stored = self.stored(range.offset, blocks)?;
+        let index = stored.iter().position(|checksum| *checksum != 0);
+        Ok(index.map(|i| ByteRange { offset: range.offset + i as u64 * BLOCK_BYTES, length: BLOCK_BYTES }))
+    }
+
     /// Reads and verifies a range.
     #[must_use]
     pub fn read(&self, range: ByteRange) -> ReadOutcome {

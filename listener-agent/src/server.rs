@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::{AgentConfig, Endpoint};
 use crate::connection::{ConnectionError, FrameReader, write_frames};
@@ -123,6 +123,12 @@ impl AgentServer {
             }
         });
         opened.await.map_err(|e| AgentError::Data { path: config.data.clone(), cause: io::Error::other(e) })?;
+        let served = replicas.open_volumes();
+        if served.is_empty() {
+            warn!("{} holds no replica yet", config.data.display());
+        } else {
+            info!("serves {}", served.join(", "));
+        }
         let connections_max = config.limits.connections_max as usize;
         Ok(AgentServer { listener, address, replicas, connections_max, idle: VecDeque::new() })
     }

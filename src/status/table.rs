@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use listener_agent::config::ByteSize;
 
-use super::{ReplicaStatus, ResyncStatus, StatusReport, VolumeStatus};
+use super::{ReplicaState, ReplicaStatus, ResyncStatus, StatusReport, VolumeStatus};
 
 const HEADINGS: [&str; 7] = ["REPLICA", "STATE", "DURABLE", "LAG", "RESYNC", "CHECKSUMS", "ADDRESS"];
 
@@ -20,8 +20,10 @@ pub fn render(report: &StatusReport) -> String {
 }
 
 fn render_volume(volume: &VolumeStatus) -> String {
+    let offline = volume.replicas.iter().filter(|r| r.state == ReplicaState::Offline).count();
+    let offline = if offline > 0 { format!(", {offline} offline") } else { String::new() };
     let mut text = format!(
-        "{}  {}  {}  {} of {} replicas in sync\n",
+        "{}  {}  {}  {} of {} replicas in the view{offline}\n",
         volume.name,
         volume.state.word().to_uppercase(),
         human(volume.size),

@@ -31,7 +31,7 @@ fn every_state_has_the_same_word_in_json_and_in_text() {
 #[test]
 fn people_see_one_aligned_row_per_replica() {
     let expected = "\
-vol0  SERVING  10 GiB  2 of 3 replicas in sync
+vol0  SERVING  10 GiB  2 of 3 replicas in the view
   epoch 3, seq 18204, ack write=first flush=majority, exposed 8 KiB, uuid 6f1c1b0e-97a1-4d0c-8a52-0d8e8f6a4a11
   120 reads (p50 84 us, p99 1.9 ms), 9001 writes (p50 310 us, p99 2.5 s)
   REPLICA  STATE    DURABLE  LAG                        RESYNC                                      CHECKSUMS          ADDRESS

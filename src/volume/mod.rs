@@ -195,7 +195,7 @@ impl<T> Volume<T> {
         if !std::mem::take(&mut at.ended) {
             at.last_error = Some(reason.clone());
         }
-        if at.is_ready_member() {
+        if at.is_ready_member() && !matches!(self.phase, Phase::Dead) {
             let replica = at.name.clone();
             self.events.push_back(Event::Notice(Notice::Lost { replica, reason }));
         }

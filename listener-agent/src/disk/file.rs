@@ -1,8 +1,8 @@
 //! Files and block devices of the operating system.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
@@ -34,7 +34,13 @@ const ZERO_CHUNK_BYTES: usize = 1 << 20;
 impl SystemFile {
     /// Opens an existing file for reading and writing.
     pub fn open(path: &Path, caching: Caching) -> io::Result<SystemFile> {
-        let buffered = OpenOptions::new().read(true).write(true).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if fs::metadata(path)?.file_type().is_block_device() {
+            // Held for ourselves as long as it is open: nobody can mount it or use it for another replica.
+            options.custom_flags(OFlags::EXCL.bits() as i32);
+        }
+        let buffered = options.open(path)?;
         let direct = match caching {
             Caching::Buffered => None,
             Caching::Direct => open_direct(path)?,

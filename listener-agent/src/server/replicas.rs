@@ -53,6 +53,15 @@ pub(super) fn volumes_in(data: &Path) -> io::Result<Vec<ReplicaName>> {
 }
 
 impl Replicas {
+    /// The volumes whose replicas are open.
+    pub(super) fn open_volumes(&self) -> Vec<String> {
+        locked(&self.slots)
+            .iter()
+            .filter(|(_, slot)| locked(slot).is_some())
+            .map(|(volume, _)| volume.to_string())
+            .collect()
+    }
+
     /// The replica of `volume`, opened if it is not yet: it may have been put there since.
     pub(super) fn host(&self, volume: &ReplicaName) -> Result<Arc<ReplicaHost>, DirectoryError> {
         let path = self.data.join(volume.as_str());
