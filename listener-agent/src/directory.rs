@@ -414,13 +414,18 @@ fn refuse_foreign_device(dir: &Path, files: &ReplicaFiles, superblock: &Superblo
     let (mut good, mut bad) = (0, 0);
     for start in (0..size_bytes).step_by(stride as usize) {
         let part = ByteRange { offset: start, length: stride.min(size_bytes - start) };
-        let Some(block) = image.first_written(part).map_err(at(&path))? else { continue };
-        if in_journal.iter().all(|r| !r.overlaps(block)) {
-            let matches = image.read_verified(block).map_err(at(&path))?.is_ok();
-            (good, bad) = (good + u32::from(matches), bad + u32::from(!matches));
+        // Blocks that were never written count as well: they must be zeroes.
+        let first = ByteRange { offset: start, length: BLOCK_BYTES };
+        let written = image.first_written(part).map_err(at(&path))?.filter(|block| *block != first);
+        for block in [Some(first), written].into_iter().flatten() {
+            if in_journal.iter().all(|r| !r.overlaps(block)) {
+                let matches = image.read_verified(block).map_err(at(&path))?.is_ok();
+                (good, bad) = (good + u32::from(matches), bad + u32::from(!matches));
+            }
         }
     }
-    if bad > good { Err(DirectoryError::ForeignDevice { path: dir.to_owned(), device }) } else { Ok(()) }
+    // A few bad blocks are rot, which is dealt with block by block.
+    if bad * 4 > good + bad { Err(DirectoryError::ForeignDevice { path: dir.to_owned(), device }) } else { Ok(()) }
 }
 
 /// Replays the journal and begins a new generation.

@@ -270,6 +270,7 @@ impl VolumeTask {
                 "volume {volume}, replica {replica}: had acknowledged record {acknowledged} and came back at {found}: \
                  its disk lost data or it belongs to another history"
             ),
+            Notice::Waiting { replica, reason } => info!("volume {volume}: waiting for replica {replica}: {reason}"),
             Notice::Lost { replica, reason } => {
                 warn!(
                     "volume {volume}, replica {replica}: out of reach: {reason}; its queue is kept up to the lag limits"

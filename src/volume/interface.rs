@@ -166,6 +166,13 @@ pub enum Notice {
         /// First byte of the bad block, if it is known.
         offset: Option<u64>,
     },
+    /// A replica cannot be had while the volume starts; it is tried again.
+    Waiting {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
     /// The connection to a member is gone.
     Lost {
         /// Which.

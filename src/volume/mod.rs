@@ -193,6 +193,10 @@ impl<T> Volume<T> {
         let at = &mut self.peers[peer];
         // Why the volume ended the connection tells more than that it ended.
         if !std::mem::take(&mut at.ended) {
+            if matches!(self.phase, Phase::Activating(_)) && at.last_error.as_ref() != Some(&reason) {
+                let notice = Notice::Waiting { replica: at.name.clone(), reason: reason.clone() };
+                self.events.push_back(Event::Notice(notice));
+            }
             at.last_error = Some(reason.clone());
         }
         if at.is_ready_member() && !matches!(self.phase, Phase::Dead) {
@@ -245,6 +249,12 @@ impl<T> Volume<T> {
                 | RefusedReason::HasData
                 | RefusedReason::Unusable
                 | RefusedReason::Protocol => {
+                    if matches!(self.phase, Phase::Activating(_))
+                        && self.peers[peer].last_error.as_ref() != Some(&refused.text)
+                    {
+                        let replica = self.peers[peer].name.clone();
+                        self.notice(Notice::Waiting { replica, reason: refused.text.clone() });
+                    }
                     self.peers[peer].last_error = Some(refused.text);
                     self.disconnect(now, peer);
                     self.activation_lost(now, peer);
