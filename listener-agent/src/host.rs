@@ -21,7 +21,7 @@ use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
-use crate::replica::{ApplyError, Counters, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
+use crate::replica::{ApplyError, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
 use crate::superblock::Identity;
 
 /// Takes messages for an engine. Must not block.
@@ -136,12 +136,6 @@ impl ReplicaHost {
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
         self.shared.lock().replica.condition() == Condition::Poisoned
-    }
-
-    /// Figures for people.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.shared.lock().replica.counters()
     }
 
     /// Begins a session; the answer to `Hello` goes to `sink`.

@@ -250,12 +250,6 @@ impl From<Malformed> for SlotError {
     }
 }
 
-/// Decodes one slot from arbitrary bytes; for tests and fuzzing.
-#[must_use]
-pub fn decodes(slot: &[u8]) -> bool {
-    Superblock::decode(slot).is_ok()
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -1,7 +1,7 @@
 //! Reading and writing little-endian fields with every length checked: the one way in which bytes from disk or network
 //! become values.
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::{Buf, BufMut};
 
 use crate::position::{Epoch, EpochHistory, EpochStart, Position, Seq};
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
@@ -179,9 +179,4 @@ pub fn put_history(out: &mut impl BufMut, history: &EpochHistory) {
 /// Writes an optional identity-like blob of 16 bytes.
 pub fn put_uuid(out: &mut impl BufMut, uuid: VolumeUuid) {
     out.put_slice(&uuid.0);
-}
-
-/// Splits `count` bytes off the front of `bytes`, or says which field was short.
-pub fn split(bytes: &mut Bytes, count: usize, field: &'static str) -> Result<Bytes, Malformed> {
-    if bytes.len() < count { Err(Malformed { field }) } else { Ok(bytes.split_to(count)) }
 }

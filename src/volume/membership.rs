@@ -162,16 +162,17 @@ impl<T> Volume<T> {
         if self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
             return;
         }
-        let may_go: Vec<PeerId> = (0..self.peers.len()).filter(|id| self.can_drop(*id)).collect();
-        for id in may_go.iter().copied() {
+        for id in 0..self.peers.len() {
             if self.peers[id].role == Role::Member
                 && let Some(reason) = self.reason_to_drop(now, id)
+                && self.can_drop(id)
             {
                 return self.propose_drop(now, id, reason);
             }
         }
-        // Members of the view that the configuration no longer names, or that activation found unusable.
-        if let Some(id) = may_go.into_iter().find(|id| self.peers[*id].role == Role::Leaving) {
+        // Members of the view that activation could not use.
+        let leaving = |id: &PeerId| self.peers[*id].role == Role::Leaving && self.can_drop(*id);
+        if let Some(id) = (0..self.peers.len()).find(leaving) {
             self.propose_drop(now, id, DropReason::Absent);
         }
     }

@@ -193,16 +193,9 @@ impl<T> Volume<T> {
         let at = &mut self.peers[peer];
         // Why the volume ended the connection tells more than that it ended.
         if !std::mem::take(&mut at.ended) {
-            if matches!(self.phase, Phase::Activating(_)) && at.last_error.as_ref() != Some(&reason) {
-                let notice = Notice::Waiting { replica: at.name.clone(), reason: reason.clone() };
-                self.events.push_back(Event::Notice(notice));
-            }
-            at.last_error = Some(reason.clone());
+            self.note_trouble(peer, reason);
         }
-        if at.is_ready_member() && !matches!(self.phase, Phase::Dead) {
-            let replica = at.name.clone();
-            self.events.push_back(Event::Notice(Notice::Lost { replica, reason }));
-        }
+        self.note_lost(peer);
         self.peers[peer].reset(now);
         self.reads_lost(now, peer);
         if self.is_dead() {
@@ -212,13 +205,29 @@ impl<T> Volume<T> {
         self.settle(now);
     }
 
+    /// Keeps why a peer cannot be had, and says so while the volume starts.
+    fn note_trouble(&mut self, peer: PeerId, reason: String) {
+        let at = &mut self.peers[peer];
+        if matches!(self.phase, Phase::Activating(_)) && at.last_error.as_ref() != Some(&reason) {
+            let notice = Notice::Waiting { replica: at.name.clone(), reason: reason.clone() };
+            self.events.push_back(Event::Notice(notice));
+        }
+        at.last_error = Some(reason);
+    }
+
+    /// Says that a member goes out of reach, and why.
+    fn note_lost(&mut self, peer: PeerId) {
+        let at = &self.peers[peer];
+        if at.is_ready_member() && !self.is_dead() {
+            let reason = at.last_error.clone().unwrap_or_default();
+            self.notice(Notice::Lost { replica: at.name.clone(), reason });
+        }
+    }
+
     fn disconnect(&mut self, now: Time, peer: PeerId) {
         let at = &mut self.peers[peer];
         at.ended = !matches!(at.link, Link::Down { .. });
-        if at.is_ready_member() {
-            let reason = at.last_error.clone().unwrap_or_default();
-            self.events.push_back(Event::Notice(Notice::Lost { replica: at.name.clone(), reason }));
-        }
+        self.note_lost(peer);
         self.peers[peer].reset(now);
         self.events.push_back(Event::Disconnect(peer));
         self.reads_lost(now, peer);
@@ -249,13 +258,7 @@ impl<T> Volume<T> {
                 | RefusedReason::HasData
                 | RefusedReason::Unusable
                 | RefusedReason::Protocol => {
-                    if matches!(self.phase, Phase::Activating(_))
-                        && self.peers[peer].last_error.as_ref() != Some(&refused.text)
-                    {
-                        let replica = self.peers[peer].name.clone();
-                        self.notice(Notice::Waiting { replica, reason: refused.text.clone() });
-                    }
-                    self.peers[peer].last_error = Some(refused.text);
+                    self.note_trouble(peer, refused.text);
                     self.disconnect(now, peer);
                     self.activation_lost(now, peer);
                 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use protocol::message::{Condition, Promised, Welcome};
-use protocol::{ReplicaName, Seq, ToAgent};
+use protocol::{Record, ReplicaName, Seq, ToAgent};
 
 use super::Time;
 use super::log::Log;
@@ -187,10 +187,6 @@ impl Peer {
         self.queued.push_back(Queued { after, message });
     }
 
-    fn takes_records(&self) -> bool {
-        self.is_ready() && self.role == Role::Member
-    }
-
     fn next_message(&mut self, log: Option<&Log>) -> Option<ToAgent> {
         if let Some(message) = self.urgent.pop_front() {
             return Some(message);
@@ -198,15 +194,17 @@ impl Peer {
         if self.queued.front().is_some_and(|q| q.after <= self.sent) {
             return self.queued.pop_front().map(|q| q.message);
         }
-        let log = log.filter(|_| self.takes_records())?;
-        let next = self.sent.next();
-        let record = log.get(next)?;
+        let record = self.next_record(log?)?.clone();
+        self.sent = record.seq();
+        Some(ToAgent::Append(record))
+    }
+
+    /// The next record to send, if the peer takes records and its window has room.
+    fn next_record<'a>(&self, log: &'a Log) -> Option<&'a Record> {
+        let record = log.get(self.sent.next()).filter(|_| self.is_ready_member())?;
         let in_flight = log.bytes_between(self.durable, self.sent);
-        if in_flight > 0 && in_flight + record.header.journal_bytes_max() > WINDOW_BYTES {
-            return None;
-        }
-        self.sent = next;
-        Some(ToAgent::Append(record.clone()))
+        let fits = in_flight == 0 || in_flight + record.header.journal_bytes_max() <= WINDOW_BYTES;
+        fits.then_some(record)
     }
 
     /// Takes messages for the link, in order, until `bytes_max` of payload are taken.
@@ -225,12 +223,8 @@ impl Peer {
 
     /// Whether [`Peer::take`] would give anything.
     pub(super) fn has_output(&self, log: Option<&Log>) -> bool {
-        if !self.urgent.is_empty() || self.queued.front().is_some_and(|q| q.after <= self.sent) {
-            return true;
-        }
-        let Some(log) = log.filter(|_| self.takes_records()) else { return false };
-        let in_flight = log.bytes_between(self.durable, self.sent);
-        log.get(self.sent.next())
-            .is_some_and(|r| in_flight == 0 || in_flight + r.header.journal_bytes_max() <= WINDOW_BYTES)
+        !self.urgent.is_empty()
+            || self.queued.front().is_some_and(|q| q.after <= self.sent)
+            || log.is_some_and(|log| self.next_record(log).is_some())
     }
 }

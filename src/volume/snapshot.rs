@@ -59,8 +59,6 @@ pub struct PeerSnapshot {
     pub lag_ms: u64,
     /// Bad blocks it reported.
     pub checksum_errors: u64,
-    /// What was wrong last, if it cannot be reached.
-    pub last_error: Option<String>,
 }
 
 /// What a replica is to the volume.
@@ -134,7 +132,6 @@ impl<T> Volume<T> {
             lag_bytes: log.map_or(0, |l| l.bytes_between(peer.durable, last)),
             lag_ms: waiting.map_or(0, |at| now.saturating_sub(at).as_millis() as u64),
             checksum_errors: peer.checksum_errors,
-            last_error: peer.last_error.clone(),
         }
     }
 }
