@@ -4,6 +4,7 @@
 use bytes::{Buf, BufMut};
 
 use crate::position::{Epoch, EpochHistory, EpochStart, Position, Seq};
+use crate::ranges::ByteRange;
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
 
 /// The bytes were too short, or a field held what it cannot hold.
@@ -124,6 +125,13 @@ impl<'a> Reader<'a> {
         EpochHistory::from_entries(entries).ok_or(Malformed { field })
     }
 
+    /// Ranges behind their count in four bytes.
+    pub fn ranges(&mut self, field: &'static str) -> Result<Vec<ByteRange>, Malformed> {
+        let count = self.u32(field)? as usize;
+        self.need(count.saturating_mul(RANGE_BYTES), field)?;
+        (0..count).map(|_| Ok(ByteRange { offset: self.u64(field)?, length: self.u64(field)? })).collect()
+    }
+
     /// Bytes not read yet.
     #[must_use]
     pub fn remaining(&self) -> usize {
@@ -173,6 +181,18 @@ pub fn put_history(out: &mut impl BufMut, history: &EpochHistory) {
     for entry in history.entries() {
         out.put_u64_le(entry.epoch.0);
         out.put_u64_le(entry.first_seq.0);
+    }
+}
+
+/// Bytes of a range as [`put_ranges`] writes it.
+pub const RANGE_BYTES: usize = 16;
+
+/// Writes ranges behind their count.
+pub fn put_ranges(out: &mut impl BufMut, ranges: &[ByteRange]) {
+    out.put_u32_le(ranges.len() as u32);
+    for range in ranges {
+        out.put_u64_le(range.offset);
+        out.put_u64_le(range.length);
     }
 }
 

@@ -2,14 +2,17 @@
 //! business of [`crate::wire`].
 //!
 //! A session is either `Format` - `Formatted` and nothing else, or `Hello` - `Welcome`, `Promise` - `Promised` and from
-//! there on records and reads in the volume's order. An agent refuses with `Refused` and closes the session.
+//! there on records and reads in the volume's order. A replica that was out of the view is brought back with `Begin` -
+//! `Begun`, records and `Copy` - `Copied`, and `Synced` - `InSync`. An agent refuses with `Refused` and closes the session.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::BLOCK_BYTES;
 use crate::checksum::crc32;
 use crate::cursor::{self, Malformed, Reader};
 use crate::position::{Epoch, EpochHistory, Position, Seq};
 use crate::quorum::AckPolicies;
+use crate::ranges::ByteRange;
 use crate::record::{Record, RecordHeader};
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
 
@@ -62,6 +65,53 @@ pub enum ToAgent {
     },
     /// The engine leaves in good order: its lease is void.
     Goodbye,
+    /// Makes the replica drop what it has beyond the volume's order and follow from a place on, syncing.
+    Begin(Begin),
+    /// Puts bytes that a syncing replica lacks, as of this place in the order of messages.
+    Copy(Copy),
+    /// Everything that the replica lacked is durable there: it is syncing no more.
+    Synced,
+    /// Asks what a replica out of the view lacks.
+    ListDirty {
+        /// The replica.
+        subject: ReplicaName,
+        /// From this byte of the volume on.
+        from: u64,
+    },
+    /// Asks for room for a volume of this size; it is not of this size yet.
+    Extend {
+        /// The size, bytes.
+        size_bytes: u64,
+    },
+}
+
+/// From where on a syncing replica follows, and what it would know had it come there record by record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Begin {
+    /// It gets the records after this one.
+    pub position: Position,
+    /// Size of the volume, bytes.
+    pub size_bytes: u64,
+    /// The views of the latest view record.
+    pub views: ViewState,
+    /// Which epoch gave out which places.
+    pub history: EpochHistory,
+    /// The ack policies of the epoch.
+    pub acks: AckPolicies,
+    /// The other replicas out of the view, and up to where each is known to hold everything. What they lack is not said:
+    /// all of the volume, as far as this replica is concerned.
+    pub tracked: Vec<(ReplicaName, Seq)>,
+}
+
+/// Bytes of the volume for a syncing replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// Copies are numbered upwards.
+    pub id: u64,
+    /// Which bytes.
+    pub range: ByteRange,
+    /// The bytes, whole blocks of them; empty if they are all zero.
+    pub data: Bytes,
 }
 
 /// Names the replica that a session is about.
@@ -90,6 +140,8 @@ pub struct Format {
     pub journal_bytes: u64,
     /// The first view.
     pub view: View,
+    /// Whether the replica is to be copied to and cannot stand for the volume, as one that is added to a volume.
+    pub syncing: bool,
 }
 
 /// From an agent to an engine.
@@ -131,6 +183,44 @@ pub enum ToEngine {
     Condition(Condition),
     /// The session is refused or ends.
     Refused(Refused),
+    /// `Begin` is durable.
+    Begun,
+    /// Copies up to this one are durable.
+    Copied {
+        /// The last such copy.
+        id: u64,
+    },
+    /// `Synced` is durable.
+    InSync,
+    /// Answers `ListDirty`.
+    Dirty(Dirty),
+    /// Answers `Extend`.
+    Extended {
+        /// The size asked for.
+        size_bytes: u64,
+        /// Why there is no room; empty if there is.
+        refused: String,
+    },
+}
+
+/// A part of what a replica out of the view lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dirty {
+    /// The replica.
+    pub subject: ReplicaName,
+    /// The part begins at this byte.
+    pub from: u64,
+    /// The next part begins at this byte; the size of the volume if there is none.
+    pub next: u64,
+    /// What it lacks in this part, in order.
+    pub ranges: Vec<ByteRange>,
+    /// All that it lacks from `from` on, bytes.
+    pub remaining_bytes: u64,
+}
+
+impl Dirty {
+    /// Ranges in one part, at most.
+    pub const RANGES_MAX: usize = 1024;
 }
 
 /// What came of a read.
@@ -197,6 +287,10 @@ pub struct Promised {
     pub syncing: bool,
     /// First record that the journal still holds; `position.seq` + 1 if none.
     pub journal_first: Seq,
+    /// Up to here every member held the order durably, as far as it was told.
+    pub stable: Seq,
+    /// The replicas out of the view whose dirty ranges it keeps, and up to where each is known to hold everything.
+    pub tracked: Vec<(ReplicaName, Seq)>,
     /// How long another engine may still count on an older promise, ms.
     pub lease_remaining_ms: u32,
 }
@@ -242,6 +336,11 @@ impl ToAgent {
             ToAgent::Read { .. } => 7,
             ToAgent::Fetch { .. } => 8,
             ToAgent::Goodbye => 9,
+            ToAgent::Begin(_) => 10,
+            ToAgent::Copy(_) => 11,
+            ToAgent::Synced => 12,
+            ToAgent::ListDirty { .. } => 13,
+            ToAgent::Extend { .. } => 14,
         }
     }
 
@@ -260,6 +359,7 @@ impl ToAgent {
                 out.put_u64_le(format.size_bytes);
                 out.put_u64_le(format.journal_bytes);
                 cursor::put_view(out, &format.view);
+                out.put_u8(u8::from(format.syncing));
             }
             ToAgent::Promise { epoch, engine, lease_ms } => {
                 out.put_u64_le(epoch.0);
@@ -281,7 +381,20 @@ impl ToAgent {
                 out.put_u64_le(from.0);
                 out.put_u64_le(to.0);
             }
-            ToAgent::Goodbye => {}
+            ToAgent::Goodbye | ToAgent::Synced => {}
+            ToAgent::Begin(begin) => encode_begin(begin, out),
+            ToAgent::Copy(copy) => {
+                out.put_u64_le(copy.id);
+                out.put_u64_le(copy.range.offset);
+                out.put_u64_le(copy.range.length);
+                out.put_u32_le(crc32(&copy.data));
+                return copy.data.clone();
+            }
+            ToAgent::ListDirty { subject, from } => {
+                cursor::put_text(out, subject.as_str());
+                out.put_u64_le(*from);
+            }
+            ToAgent::Extend { size_bytes } => out.put_u64_le(*size_bytes),
         }
         Bytes::new()
     }
@@ -303,6 +416,7 @@ impl ToAgent {
                 size_bytes: r.u64("size")?,
                 journal_bytes: r.u64("journal size")?,
                 view: r.view("view")?,
+                syncing: r.bool("syncing")?,
             }),
             3 => ToAgent::Promise {
                 epoch: Epoch(r.u64("epoch")?),
@@ -315,11 +429,65 @@ impl ToAgent {
             7 => ToAgent::Read { id: r.u64("id")?, offset: r.u64("offset")?, length: r.u32("length")? },
             8 => ToAgent::Fetch { from: Seq(r.u64("from")?), to: Seq(r.u64("to")?) },
             9 => ToAgent::Goodbye,
-            0 | 10..=u8::MAX => return Err(Malformed { field: "message number" }),
+            10 => ToAgent::Begin(decode_begin(&mut r)?),
+            11 => ToAgent::Copy(decode_copy(&mut r, &mut bulk)?),
+            12 => ToAgent::Synced,
+            13 => ToAgent::ListDirty { subject: r.name("subject")?, from: r.u64("offset")? },
+            14 => ToAgent::Extend { size_bytes: r.u64("size")? },
+            0 | 15..=u8::MAX => return Err(Malformed { field: "message number" }),
         };
         finish(r, bulk)?;
         Ok(message)
     }
+}
+
+fn encode_tracked(tracked: &[(ReplicaName, Seq)], out: &mut BytesMut) {
+    out.put_u8(tracked.len() as u8);
+    for (name, acknowledged) in tracked {
+        cursor::put_text(out, name.as_str());
+        out.put_u64_le(acknowledged.0);
+    }
+}
+
+fn decode_tracked(r: &mut Reader<'_>) -> Result<Vec<(ReplicaName, Seq)>, Malformed> {
+    let count = r.u8("tracked replicas")?;
+    (0..count).map(|_| Ok((r.name("tracked replica")?, Seq(r.u64("tracked replica")?)))).collect()
+}
+
+fn encode_begin(begin: &Begin, out: &mut BytesMut) {
+    cursor::put_position(out, begin.position);
+    out.put_u64_le(begin.size_bytes);
+    cursor::put_view_state(out, &begin.views);
+    cursor::put_history(out, &begin.history);
+    AckPolicies::encode_known(Some(begin.acks), out);
+    encode_tracked(&begin.tracked, out);
+}
+
+fn decode_begin(r: &mut Reader<'_>) -> Result<Begin, Malformed> {
+    Ok(Begin {
+        position: r.position("position")?,
+        size_bytes: r.u64("size")?,
+        views: r.view_state("views")?,
+        history: r.history("history")?,
+        acks: AckPolicies::decode_known(r)?.ok_or(Malformed { field: "ack policies" })?,
+        tracked: decode_tracked(r)?,
+    })
+}
+
+fn decode_copy(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Copy, Malformed> {
+    let (id, offset, length) = (r.u64("copy id")?, r.u64("offset")?, r.u64("length")?);
+    let crc = r.u32("checksum")?;
+    let data = bulk.take().unwrap_or_default();
+    if crc32(&data) != crc {
+        return Err(Malformed { field: "bytes of a copy (checksum mismatch)" });
+    }
+    let sound = length > 0
+        && length.is_multiple_of(BLOCK_BYTES)
+        && offset.is_multiple_of(BLOCK_BYTES)
+        && offset.checked_add(length).is_some()
+        && (data.is_empty() || data.len() as u64 == length);
+    let range = ByteRange { offset, length };
+    if sound { Ok(Copy { id, range, data }) } else { Err(Malformed { field: "copy" }) }
 }
 
 fn decode_record(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Record, Malformed> {
@@ -355,6 +523,11 @@ impl ToEngine {
             ToEngine::FetchEnd { .. } => 8,
             ToEngine::Condition(_) => 9,
             ToEngine::Refused(_) => 10,
+            ToEngine::Begun => 11,
+            ToEngine::Copied { .. } => 12,
+            ToEngine::InSync => 13,
+            ToEngine::Dirty(_) => 14,
+            ToEngine::Extended { .. } => 15,
         }
     }
 
@@ -370,7 +543,19 @@ impl ToEngine {
                 out.put_u8(u8::from(w.other_engine_ms_ago.is_some()));
                 out.put_u64_le(w.other_engine_ms_ago.unwrap_or(0));
             }
-            ToEngine::Formatted => {}
+            ToEngine::Formatted | ToEngine::Begun | ToEngine::InSync => {}
+            ToEngine::Copied { id } => out.put_u64_le(*id),
+            ToEngine::Dirty(dirty) => {
+                cursor::put_text(out, dirty.subject.as_str());
+                out.put_u64_le(dirty.from);
+                out.put_u64_le(dirty.next);
+                out.put_u64_le(dirty.remaining_bytes);
+                cursor::put_ranges(out, &dirty.ranges);
+            }
+            ToEngine::Extended { size_bytes, refused } => {
+                out.put_u64_le(*size_bytes);
+                cursor::put_text(out, refused);
+            }
             ToEngine::Promised(p) => {
                 out.put_u64_le(p.epoch.0);
                 cursor::put_position(out, p.position);
@@ -379,6 +564,8 @@ impl ToEngine {
                 AckPolicies::encode_known(p.acks, out);
                 out.put_u8(u8::from(p.syncing));
                 out.put_u64_le(p.journal_first.0);
+                out.put_u64_le(p.stable.0);
+                encode_tracked(&p.tracked, out);
                 out.put_u32_le(p.lease_remaining_ms);
             }
             ToEngine::Durable { seq } => out.put_u64_le(seq.0),
@@ -451,7 +638,18 @@ impl ToEngine {
                 3..=u8::MAX => return Err(Malformed { field: "condition" }),
             }),
             10 => ToEngine::Refused(decode_refused(&mut r)?),
-            0 | 11..=u8::MAX => return Err(Malformed { field: "message number" }),
+            11 => ToEngine::Begun,
+            12 => ToEngine::Copied { id: r.u64("copy id")? },
+            13 => ToEngine::InSync,
+            14 => ToEngine::Dirty(Dirty {
+                subject: r.name("subject")?,
+                from: r.u64("offset")?,
+                next: r.u64("offset")?,
+                remaining_bytes: r.u64("remaining")?,
+                ranges: r.ranges("ranges")?,
+            }),
+            15 => ToEngine::Extended { size_bytes: r.u64("size")?, refused: r.text("text")? },
+            0 | 16..=u8::MAX => return Err(Malformed { field: "message number" }),
         };
         finish(r, bulk)?;
         Ok(message)
@@ -480,6 +678,8 @@ fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
         acks: AckPolicies::decode_known(r)?,
         syncing: r.bool("syncing")?,
         journal_first: Seq(r.u64("journal first")?),
+        stable: Seq(r.u64("stable")?),
+        tracked: decode_tracked(r)?,
         lease_remaining_ms: r.u32("lease")?,
     })
 }

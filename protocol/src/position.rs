@@ -119,6 +119,23 @@ impl EpochHistory {
         self.starts.iter().rev().find(|s| s.first_seq <= seq).map(|s| s.epoch)
     }
 
+    /// The last place up to which the log that has this history and ends at `end` and the one that has `other` and ends at
+    /// `other_end` are the same; `None` if that is not known any more. An epoch is one engine's, which went on from one
+    /// log: where two logs share the start of an epoch, they share everything before it.
+    #[must_use]
+    pub fn common(&self, end: Position, other: &EpochHistory, other_end: Position) -> Option<Seq> {
+        let last_of = |history: &EpochHistory, index: usize, end: Position| {
+            history.starts.get(index + 1).map_or(end.seq, |next| Seq(next.first_seq.0 - 1))
+        };
+        for (i, start) in self.starts.iter().enumerate().rev() {
+            if let Some(j) = other.starts.iter().position(|o| o == start) {
+                return Some(last_of(self, i, end).min(last_of(other, j, other_end)));
+            }
+        }
+        let is_whole = |history: &EpochHistory| history.starts.first().is_none_or(|s| s.first_seq == Seq(1));
+        (is_whole(self) && is_whole(other)).then_some(Seq(0))
+    }
+
     /// Whether a log that ends at `end` is a prefix of the log that has this history and ends at `own_end`.
     #[must_use]
     pub fn has_prefix(&self, end: Position, own_end: Position) -> bool {
@@ -159,6 +176,23 @@ mod tests {
         assert!(h.has_prefix(at(0, 0), at(4, 10)));
         assert!(!h.has_prefix(at(1, 9), at(4, 10)), "place 9 was given out by epoch 3");
         assert!(!h.has_prefix(at(4, 11), at(4, 10)), "longer than the log");
+    }
+
+    #[test]
+    fn two_logs_are_the_same_up_to_the_last_epoch_that_they_share() {
+        let h = history();
+        let of = |positions: &[Position]| {
+            let mut h = EpochHistory::default();
+            positions.iter().for_each(|p| h.note(*p));
+            h
+        };
+        assert_eq!(h.common(at(4, 20), &h, at(4, 15)), Some(Seq(15)));
+        // It held more of epoch 3 than the others went on from.
+        assert_eq!(h.common(at(4, 20), &of(&[at(1, 1), at(3, 3)]), at(3, 12)), Some(Seq(9)));
+        // An engine of its own wrote to it since.
+        assert_eq!(h.common(at(4, 20), &of(&[at(1, 1), at(3, 3), at(5, 8)]), at(5, 9)), Some(Seq(7)));
+        assert_eq!(h.common(at(4, 20), &of(&[at(2, 1)]), at(2, 9)), Some(Seq(0)));
+        assert_eq!(h.common(at(4, 20), &of(&[at(2, 7)]), at(2, 9)), None, "what came before is forgotten");
     }
 
     #[test]

@@ -23,6 +23,10 @@ pub enum RecordKind {
     EpochStart,
     /// Changes the view; the payload is a [`ViewChange`].
     ViewChange,
+    /// Changes what members keep of a replica out of the view; the payload is a [`DirtyChange`].
+    DirtyChange,
+    /// The volume has another size from here on; the payload is a [`Resize`].
+    Resize,
 }
 
 impl RecordKind {
@@ -33,6 +37,8 @@ impl RecordKind {
             RecordKind::WriteZeroes => 3,
             RecordKind::EpochStart => 4,
             RecordKind::ViewChange => 5,
+            RecordKind::DirtyChange => 6,
+            RecordKind::Resize => 7,
         }
     }
 
@@ -43,7 +49,9 @@ impl RecordKind {
             3 => RecordKind::WriteZeroes,
             4 => RecordKind::EpochStart,
             5 => RecordKind::ViewChange,
-            0 | 6..=u8::MAX => return None,
+            6 => RecordKind::DirtyChange,
+            7 => RecordKind::Resize,
+            0 | 8..=u8::MAX => return None,
         })
     }
 }
@@ -59,9 +67,9 @@ pub struct RecordHeader {
     pub kind: RecordKind,
     /// For [`RecordKind::WriteZeroes`]: the range must stay allocated.
     pub no_hole: bool,
-    /// First byte of the volume that it changes; zero for epoch starts and view changes.
+    /// First byte of the volume that it changes; zero for records that change none.
     pub offset: u64,
-    /// Bytes of the volume that it changes; zero for epoch starts and view changes.
+    /// Bytes of the volume that it changes; zero for records that change none.
     pub length: u64,
     /// Bytes of payload.
     pub payload_length: u32,
@@ -145,7 +153,9 @@ impl RecordHeader {
         let fits = match self.kind {
             RecordKind::Write => has_range && u64::from(payload) == self.length,
             RecordKind::Trim | RecordKind::WriteZeroes => has_range && payload == 0,
-            RecordKind::EpochStart | RecordKind::ViewChange => !has_range && self.offset == 0 && payload > 0,
+            RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => {
+                !has_range && self.offset == 0 && payload > 0
+            }
         };
         let in_bounds = payload <= RECORD_PAYLOAD_BYTES_MAX && self.offset.checked_add(self.length).is_some();
         if fits && in_bounds && self.seq > Seq(0) { Ok(()) } else { Err(Malformed { field: "record shape" }) }
@@ -218,17 +228,26 @@ pub struct ViewChange {
     pub view: View,
     /// The replica that leaves or joins.
     pub subject: ReplicaName,
-    /// For a replica that leaves: the ranges that it has not acknowledged, in units of
+    /// For a replica that leaves: it holds every record up to here for certain. One that returns with less has lost data.
+    pub acknowledged: Seq,
+    /// For a replica that leaves: the ranges that records after `acknowledged` changed, in units of
     /// [`crate::ranges::DIRTY_UNIT_BYTES`]. With every later change they are what it lacks.
     pub unacknowledged: Vec<ByteRange>,
+    /// An operator gave up the subject: the view is in force as it stands, whatever the view before it would ask for.
+    pub forced: bool,
+}
+
+/// Ranges behind names of at most the largest view that fit into a payload of `payload_bytes_max`.
+fn ranges_max(payload_bytes_max: u32) -> usize {
+    let names = (crate::REPLICAS_MAX + 1) * (ReplicaName::BYTES_MAX + 2) + 32;
+    (payload_bytes_max as usize).saturating_sub(names) / cursor::RANGE_BYTES
 }
 
 impl ViewChange {
     /// Ranges that fit into a payload of `payload_bytes_max`, next to the largest view.
     #[must_use]
     pub fn ranges_max(payload_bytes_max: u32) -> usize {
-        let names = (crate::REPLICAS_MAX + 1) * (ReplicaName::BYTES_MAX + 2) + 8;
-        (payload_bytes_max as usize).saturating_sub(names) / 16
+        ranges_max(payload_bytes_max)
     }
 
     /// The payload.
@@ -237,28 +256,126 @@ impl ViewChange {
         let mut out = BytesMut::new();
         cursor::put_view(&mut out, &self.view);
         cursor::put_text(&mut out, self.subject.as_str());
-        out.put_u32_le(self.unacknowledged.len() as u32);
-        for range in &self.unacknowledged {
-            out.put_u64_le(range.offset);
-            out.put_u64_le(range.length);
-        }
+        out.put_u64_le(self.acknowledged.0);
+        out.put_u8(u8::from(self.forced));
+        cursor::put_ranges(&mut out, &self.unacknowledged);
         out.freeze()
     }
 
     /// Reads a payload.
     pub fn decode(payload: &[u8]) -> Result<ViewChange, Malformed> {
         let mut reader = Reader::new(payload);
-        let view = reader.view("view change members")?;
-        let subject = reader.name("view change subject")?;
-        let count = reader.u32("view change ranges")? as usize;
-        if reader.remaining() != count.saturating_mul(16) {
-            return Err(Malformed { field: "view change ranges" });
-        }
-        let unacknowledged = (0..count)
-            .map(|_| Ok(ByteRange { offset: reader.u64("range offset")?, length: reader.u64("range length")? }))
-            .collect::<Result<_, Malformed>>()?;
+        let change = ViewChange {
+            view: reader.view("view change members")?,
+            subject: reader.name("view change subject")?,
+            acknowledged: Seq(reader.u64("view change seq")?),
+            forced: reader.bool("view change flags")?,
+            unacknowledged: reader.ranges("view change ranges")?,
+        };
         reader.finish("view change")?;
-        Ok(ViewChange { view, subject, unacknowledged })
+        Ok(change)
+    }
+}
+
+/// The payload of a dirty change: how a replica out of the view comes closer to the volume, as the members keep it. As it
+/// is a record, every member comes to the same account, and the next engine goes on from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyChange {
+    /// The replica.
+    pub subject: ReplicaName,
+    /// What is new.
+    pub step: DirtyStep,
+}
+
+/// How far a resync is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DirtyStep {
+    /// The replica gets every record after this one, and what it lacks up to here is to be copied: what was kept of it,
+    /// and these ranges. All of the volume if nothing was kept.
+    Follow {
+        /// Ranges that it changed and the volume did not, in units of [`crate::ranges::DIRTY_UNIT_BYTES`].
+        ranges: Vec<ByteRange>,
+    },
+    /// Everything that was to be copied below `until` is durable there, and so is every record up to `followed`.
+    Copied {
+        /// Byte of the volume, a multiple of [`crate::ranges::DIRTY_UNIT_BYTES`] or the end of the volume.
+        until: u64,
+        /// Last such record.
+        followed: Seq,
+    },
+    /// It will not come back: nothing is kept of it any more.
+    Forget,
+}
+
+impl DirtyChange {
+    /// Ranges that fit into a payload of `payload_bytes_max`.
+    #[must_use]
+    pub fn ranges_max(payload_bytes_max: u32) -> usize {
+        ranges_max(payload_bytes_max)
+    }
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut out = BytesMut::new();
+        cursor::put_text(&mut out, self.subject.as_str());
+        match &self.step {
+            DirtyStep::Follow { ranges } => {
+                out.put_u8(1);
+                cursor::put_ranges(&mut out, ranges);
+            }
+            DirtyStep::Copied { until, followed } => {
+                out.put_u8(2);
+                out.put_u64_le(*until);
+                out.put_u64_le(followed.0);
+            }
+            DirtyStep::Forget => out.put_u8(3),
+        }
+        out.freeze()
+    }
+
+    /// Reads a payload.
+    pub fn decode(payload: &[u8]) -> Result<DirtyChange, Malformed> {
+        let mut reader = Reader::new(payload);
+        let subject = reader.name("dirty change subject")?;
+        let step = match reader.u8("dirty change step")? {
+            1 => DirtyStep::Follow { ranges: reader.ranges("dirty change ranges")? },
+            2 => DirtyStep::Copied {
+                until: reader.u64("dirty change offset")?,
+                followed: Seq(reader.u64("dirty change seq")?),
+            },
+            3 => DirtyStep::Forget,
+            0 | 4..=u8::MAX => return Err(Malformed { field: "dirty change step" }),
+        };
+        reader.finish("dirty change")?;
+        Ok(DirtyChange { subject, step })
+    }
+}
+
+/// The payload of a resize. Volumes only grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize {
+    /// The new size, bytes; a multiple of a block.
+    pub size_bytes: u64,
+}
+
+impl Resize {
+    /// The payload.
+    #[must_use]
+    pub fn encode(self) -> Bytes {
+        Bytes::copy_from_slice(&self.size_bytes.to_le_bytes())
+    }
+
+    /// Reads a payload.
+    pub fn decode(payload: &[u8]) -> Result<Resize, Malformed> {
+        let mut reader = Reader::new(payload);
+        let size_bytes = reader.u64("size")?;
+        reader.finish("resize")?;
+        if size_bytes.is_multiple_of(BLOCK_BYTES) {
+            Ok(Resize { size_bytes })
+        } else {
+            Err(Malformed { field: "size" })
+        }
     }
 }
 
@@ -316,7 +433,9 @@ mod tests {
         let change = ViewChange {
             view: View::new(vec![name("a"), name("c")]).unwrap(),
             subject: name("b"),
+            acknowledged: Seq(8),
             unacknowledged: vec![ByteRange { offset: 0, length: 65536 }],
+            forced: true,
         };
         let payload = change.encode();
         assert_eq!(ViewChange::decode(&payload), Ok(change));
@@ -327,10 +446,31 @@ mod tests {
         assert!(ViewChange::decode(&huge).is_err());
     }
 
+    #[test]
+    fn dirty_changes_and_resizes_survive_the_trip() {
+        let ranges = vec![ByteRange { offset: 65536, length: 65536 }, ByteRange { offset: 1 << 40, length: 1 }];
+        let steps = [
+            DirtyStep::Follow { ranges },
+            DirtyStep::Follow { ranges: vec![] },
+            DirtyStep::Copied { until: 1 << 30, followed: Seq(7) },
+            DirtyStep::Forget,
+        ];
+        for step in steps {
+            let change = DirtyChange { subject: "b".parse().unwrap(), step };
+            let payload = change.encode();
+            assert_eq!(DirtyChange::decode(&payload), Ok(change));
+            assert!(DirtyChange::decode(&payload[..payload.len() - 1]).is_err());
+        }
+        let resize = Resize { size_bytes: 1 << 40 };
+        assert_eq!(Resize::decode(&resize.encode()), Ok(resize));
+        assert!(Resize::decode(&Resize { size_bytes: 4095 }.encode()).is_err());
+    }
+
     proptest::proptest! {
         #[test]
         fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = ViewChange::decode(&bytes);
+            let _ = DirtyChange::decode(&bytes);
             let _ = RecordHeader::decode(&mut Reader::new(&bytes));
         }
     }

@@ -133,6 +133,12 @@ impl View {
         self.members.binary_search(name).is_ok()
     }
 
+    /// This view and `name`; `None` if it is a member already, or the view would be too large.
+    #[must_use]
+    pub fn with(&self, name: &ReplicaName) -> Option<View> {
+        View::new(self.members.iter().chain([name]).cloned().collect())
+    }
+
     /// This view less `name`; `None` if nothing would be left.
     #[must_use]
     pub fn without(&self, name: &ReplicaName) -> Option<View> {
@@ -174,9 +180,10 @@ impl ViewState {
         ViewState { previous: view.clone(), view, seq: Seq(0) }
     }
 
-    /// Takes in the view record at `seq`.
-    pub fn change(&mut self, view: View, seq: Seq) {
-        self.previous = std::mem::replace(&mut self.view, view);
+    /// Takes in the view record at `seq`. A forced one leaves nothing to go back to.
+    pub fn change(&mut self, view: View, forced: bool, seq: Seq) {
+        let before = std::mem::replace(&mut self.view, view);
+        self.previous = if forced { self.view.clone() } else { before };
         self.seq = seq;
     }
 }

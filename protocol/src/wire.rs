@@ -163,8 +163,11 @@ fn frame(number: u8, encode_body: impl FnOnce(&mut BytesMut) -> Bytes) -> Frame 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{Condition, Hello, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
+    use crate::message::{
+        Begin, Condition, Copy, Dirty, Hello, Promised, ReadOutcome, Refused, RefusedReason, Welcome,
+    };
     use crate::position::{Epoch, EpochHistory, Position, Seq};
+    use crate::quorum::{AckPolicies, AckPolicy};
     use crate::ranges::ByteRange;
     use crate::record::{Record, RecordKind};
     use crate::view::{View, ViewState, VolumeUuid};
@@ -192,7 +195,17 @@ mod tests {
             size_bytes: 1 << 30,
             journal_bytes: 1 << 20,
             view: view(),
+            syncing: true,
         };
+        let begin = Begin {
+            position: Position { epoch: Epoch(2), seq: Seq(9) },
+            size_bytes: 1 << 30,
+            views: ViewState::initial(view()),
+            history: EpochHistory::default(),
+            acks: AckPolicies { write: AckPolicy::First, flush: AckPolicy::All },
+            tracked: vec![("c".parse().unwrap(), Seq(4))],
+        };
+        let range = ByteRange { offset: 4096, length: 8192 };
         vec![
             ToAgent::Hello(hello),
             ToAgent::Format(format),
@@ -203,6 +216,12 @@ mod tests {
             ToAgent::Read { id: 1, offset: 2, length: 3 },
             ToAgent::Fetch { from: Seq(1), to: Seq(2) },
             ToAgent::Goodbye,
+            ToAgent::Begin(begin),
+            ToAgent::Copy(Copy { id: 3, range, data: vec![7; 8192].into() }),
+            ToAgent::Copy(Copy { id: 4, range, data: Bytes::new() }),
+            ToAgent::Synced,
+            ToAgent::ListDirty { subject: "b".parse().unwrap(), from: 65536 },
+            ToAgent::Extend { size_bytes: 1 << 31 },
         ]
     }
 
@@ -217,7 +236,16 @@ mod tests {
             acks: None,
             syncing: false,
             journal_first: Seq(3),
+            stable: Seq(2),
+            tracked: vec![("b".parse().unwrap(), Seq(1))],
             lease_remaining_ms: 10,
+        };
+        let dirty = Dirty {
+            subject: "b".parse().unwrap(),
+            from: 0,
+            next: 1 << 20,
+            ranges: vec![ByteRange { offset: 0, length: 65536 }],
+            remaining_bytes: 65536,
         };
         let welcome = Welcome {
             uuid: VolumeUuid([1; 16]),
@@ -250,6 +278,11 @@ mod tests {
             refused(RefusedReason::HasData),
             refused(RefusedReason::Unusable),
             refused(RefusedReason::Protocol),
+            ToEngine::Begun,
+            ToEngine::Copied { id: 7 },
+            ToEngine::InSync,
+            ToEngine::Dirty(dirty),
+            ToEngine::Extended { size_bytes: 1 << 31, refused: "no room".into() },
         ]
     }
 
@@ -290,14 +323,16 @@ mod tests {
         let outcome = ReadOutcome::Data { crc: crate::checksum::crc32(&data), data };
         let read = ToEngine::ReadDone { id: 1, applied: Seq(8), outcome };
         let append = frame_to_agent(&ToAgent::Append(record()));
-        let frames = [append, frame_to_engine(&read), frame_to_engine(&ToEngine::Fetched(record()))];
+        let range = ByteRange { offset: 4096, length: 4096 };
+        let copy = frame_to_agent(&ToAgent::Copy(Copy { id: 3, range, data: vec![7; 4096].into() }));
+        let frames = [append, copy, frame_to_engine(&read), frame_to_engine(&ToEngine::Fetched(record()))];
         for (i, frame) in frames.iter().enumerate() {
             let (prefix, rest) = prefix_and_rest(frame);
             let mut broken = rest.to_vec();
             *broken.last_mut().unwrap() ^= 1;
             let prefix = Prefix::decode(&prefix).unwrap();
             let refused = match i {
-                0 => prefix.to_agent(broken.into()).is_err(),
+                0 | 1 => prefix.to_agent(broken.into()).is_err(),
                 _ => prefix.to_engine(broken.into()).is_err(),
             };
             assert!(refused, "frame {i}");
