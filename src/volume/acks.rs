@@ -4,10 +4,13 @@ use std::collections::VecDeque;
 
 use protocol::Seq;
 
+use super::Time;
+
 #[derive(Debug)]
 struct Waiting<T> {
     seq: Seq,
     token: T,
+    asked_at: Time,
 }
 
 /// Requests of one policy, in order of the place that must be held.
@@ -21,14 +24,15 @@ impl<T> Acks<T> {
         Acks { waiting: VecDeque::new() }
     }
 
-    pub(super) fn push(&mut self, seq: Seq, token: T) {
+    pub(super) fn push(&mut self, seq: Seq, token: T, asked_at: Time) {
         assert!(self.waiting.back().is_none_or(|last| last.seq <= seq), "places are given out in order");
-        self.waiting.push_back(Waiting { seq, token });
+        self.waiting.push_back(Waiting { seq, token, asked_at });
     }
 
-    /// Takes the next request whose place is at most `committed`.
-    pub(super) fn pop_committed(&mut self, committed: Seq) -> Option<T> {
-        if self.waiting.front()?.seq <= committed { self.waiting.pop_front().map(|w| w.token) } else { None }
+    /// Takes the next request whose place is at most `committed`, and when it was made.
+    pub(super) fn pop_committed(&mut self, committed: Seq) -> Option<(T, Time)> {
+        let waiting = self.waiting.pop_front_if(|w| w.seq <= committed)?;
+        Some((waiting.token, waiting.asked_at))
     }
 
     /// Takes the next request.

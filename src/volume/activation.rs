@@ -7,6 +7,9 @@
 //! 4. *Start*: the first record of the epoch goes to all; once enough members hold it durably, and no earlier engine can
 //!    count on a lease any more, the volume serves. Members that took no part are then dropped by ordinary view changes.
 //!
+//! A start that is not possible for want of members is reported and tried on: they may come, or an operator may say to go
+//! on without them, which puts a *forced* view right behind the first record.
+//!
 //! Losing a participant before step 4, or meeting a higher promise, starts over with a new epoch; nothing was served.
 
 use std::fmt;
@@ -17,13 +20,18 @@ use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
+use protocol::record::ViewChange;
+
 use super::log::Log;
 use super::membership::Membership;
-use super::peer::{Link, Role};
-use super::{DropReason, Event, Failure, Notice, PeerId, Phase, Time, Volume};
+use super::peer::{Lacks, Link, Role};
+use super::survey::{Survey, Surveyed};
+use super::{Event, Failure, Notice, PeerId, Phase, SinceStable, Time, Volume};
 
 /// How long to wait for replicas that could be done without.
 const GRACE: Duration = Duration::from_millis(1000);
+/// Bits of an epoch that are drawn at random when members are given up.
+const FORCED_EPOCH_BITS: u32 = 24;
 
 #[derive(Debug)]
 pub(super) struct Activation {
@@ -33,6 +41,10 @@ pub(super) struct Activation {
     highest_promised: Epoch,
     serve_not_before: Time,
     other_engine: Option<OtherEngine>,
+    /// Members that an operator gave up.
+    without: Vec<ReplicaName>,
+    /// Why it cannot go on, as far as people were told.
+    blocked: Option<StartRefusal>,
 }
 
 #[derive(Clone, Debug)]
@@ -166,7 +178,20 @@ impl Activation {
             highest_promised: Epoch(0),
             serve_not_before: Time::ZERO,
             other_engine: None,
+            without: Vec::new(),
+            blocked: None,
         }
+    }
+
+    /// An activation that begins anew and does without these members.
+    pub(super) fn without(now: Time, without: Vec<ReplicaName>, before: &Activation) -> Activation {
+        let (highest_promised, serve_not_before) = (before.highest_promised, before.serve_not_before);
+        Activation { without, highest_promised, serve_not_before, ..Activation::new(now) }
+    }
+
+    /// Whether people were told that it cannot go on.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.blocked.is_some()
     }
 }
 
@@ -174,6 +199,25 @@ impl<T> Volume<T> {
     fn activation(&mut self) -> Option<&mut Activation> {
         match &mut self.phase {
             Phase::Activating(activation) => Some(activation),
+            Phase::Serving | Phase::Dead => None,
+        }
+    }
+
+    /// Says why the volume does not start, and goes on trying.
+    fn block_start(&mut self, now: Time, refusal: StartRefusal) {
+        let Some(activation) = self.activation() else { return };
+        activation.started_at = now;
+        if activation.blocked.as_ref() != Some(&refusal) {
+            activation.blocked = Some(refusal.clone());
+            self.events.push_back(Event::StartBlocked(refusal));
+        }
+    }
+
+    /// Why the volume cannot start, while it waits for replicas.
+    #[must_use]
+    pub fn start_blocked(&self) -> Option<&StartRefusal> {
+        match &self.phase {
+            Phase::Activating(activation) => activation.blocked.as_ref(),
             Phase::Serving | Phase::Dead => None,
         }
     }
@@ -219,7 +263,9 @@ impl<T> Volume<T> {
         }
         let joins = match &self.phase {
             Phase::Activating(Activation { step: Step::Promise, .. }) => true,
-            Phase::Activating(_) | Phase::Serving => self.peers[peer].role == Role::Member,
+            Phase::Activating(_) | Phase::Serving => {
+                matches!(self.peers[peer].role, Role::Member | Role::Joining)
+            }
             Phase::Dead => false,
         };
         if joins {
@@ -228,10 +274,6 @@ impl<T> Volume<T> {
     }
 
     fn mismatch(&self, welcome: &Welcome) -> Option<String> {
-        let size = self.settings.size_bytes;
-        if welcome.size_bytes != size {
-            return Some(format!("has {} bytes, the configuration says {size}", welcome.size_bytes));
-        }
         let (journal, lag) = (welcome.journal_bytes, self.settings.lag_bytes_max);
         if journal < lag.saturating_mul(2) {
             return Some(format!("has a journal of {journal} bytes, too small for a lag_bytes_max of {lag}"));
@@ -244,7 +286,7 @@ impl<T> Volume<T> {
         }
     }
 
-    fn ask_promise(&mut self, now: Time, peer: PeerId) {
+    pub(super) fn ask_promise(&mut self, now: Time, peer: PeerId) {
         let lease_ms = self.settings.lease.as_millis() as u32;
         let promise = ToAgent::Promise { epoch: self.epoch, engine: self.settings.engine, lease_ms };
         let at = &mut self.peers[peer];
@@ -261,7 +303,11 @@ impl<T> Volume<T> {
         at.link = Link::Ready;
         at.confirmed_at = Some(sent_at);
         if self.log.is_some() {
-            return self.on_return(now, peer, &promised);
+            return match at.role {
+                Role::Member | Role::Joining => self.on_return(now, peer, &promised),
+                Role::Dropped => self.resync_promised(now, peer, &promised),
+                Role::Unknown | Role::Leaving | Role::Syncing | Role::Gone => {}
+            };
         }
         at.restart_from(promised.position.seq);
         let until = now + Duration::from_millis(promised.lease_remaining_ms.into());
@@ -282,13 +328,11 @@ impl<T> Volume<T> {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
             self.disconnect(now, peer);
-            // What it lacks is dropped from its account, so that it counts for nothing.
-            let kept = if same_history { found.seq } else { Seq(0) };
-            self.peers[peer].restart_from(kept);
-            self.peers[peer].role = Role::Leaving;
-            if self.can_drop(peer) && self.membership.as_ref().is_some_and(|m| m.pending.is_none()) {
-                self.propose_drop(now, peer, DropReason::LostData);
-            }
+            // It counts for nothing; its drop follows as soon as it can.
+            let at = &mut self.peers[peer];
+            at.restart_from(Seq(0));
+            at.role = Role::Leaving;
+            at.lacks = Lacks::Everything;
             return;
         }
         at.restart_from(found.seq);
@@ -306,7 +350,12 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
-        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else {
+            if let Some(survey) = self.survey_of(peer) {
+                survey.take(&record);
+            }
+            return;
+        };
         let Some((target, forwarded)) = &mut replay.current else { return };
         if replay.source == peer && record.seq() == forwarded.next() && record.seq() <= replay.goal {
             *forwarded = record.seq();
@@ -315,7 +364,9 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_fetch_end(&mut self, now: Time, peer: PeerId, next: Seq) {
-        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else {
+            return self.survey_part_ended(now, peer, next);
+        };
         if replay.source != peer {
             return;
         }
@@ -326,6 +377,50 @@ impl<T> Volume<T> {
         if !gave_something {
             self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
             self.start_over(now);
+        }
+    }
+
+    // ---- what absent members may lack --------------------------------------------------------------------------
+
+    fn survey_of(&mut self, peer: PeerId) -> Option<&mut Survey> {
+        let of_stable = self.stable_survey.as_ref().is_some_and(|(_, survey)| survey.peer == peer);
+        if of_stable { self.stable_survey.as_mut().map(|(_, survey)| survey) } else { self.resync_surveys(peer) }
+    }
+
+    fn survey_part_ended(&mut self, now: Time, peer: PeerId, next: Seq) {
+        let Some(survey) = self.survey_of(peer) else { return };
+        let surveyed = survey.part_ended(next);
+        if self.stable_survey.as_ref().is_none_or(|(_, survey)| survey.peer != peer) {
+            return self.resync_surveyed(now, surveyed);
+        }
+        match surveyed {
+            Surveyed::Partly => {}
+            Surveyed::Whole => {
+                if let Some((stable, survey)) = self.stable_survey.take() {
+                    let until = survey.end();
+                    self.since_stable = Some(SinceStable { stable, until, ranges: survey.ranges() });
+                }
+            }
+            Surveyed::Failed => self.give_up_survey(),
+        }
+    }
+
+    /// Nobody knows then what members that were absent lack.
+    fn give_up_survey(&mut self) {
+        let whole = self.whole();
+        if let Some((_, survey)) = self.stable_survey.take() {
+            self.since_stable = Some(SinceStable { stable: Seq(0), until: survey.end(), ranges: vec![whole] });
+        }
+    }
+
+    pub(super) fn advance_survey(&mut self) {
+        let Some((_, survey)) = &mut self.stable_survey else { return };
+        let source = &mut self.peers[survey.peer];
+        if !source.is_ready_member() {
+            return self.give_up_survey();
+        }
+        if let Some((from, to)) = survey.question() {
+            source.push_urgent(ToAgent::Fetch { from, to });
         }
     }
 
@@ -344,7 +439,7 @@ impl<T> Volume<T> {
         self.start_over(now);
     }
 
-    fn start_over(&mut self, now: Time) {
+    pub(super) fn start_over(&mut self, now: Time) {
         for peer in 0..self.peers.len() {
             if !matches!(self.peers[peer].link, Link::Down { .. }) {
                 self.disconnect(now, peer);
@@ -387,12 +482,12 @@ impl<T> Volume<T> {
             Step::Start { seq } => {
                 let (seq, not_before) = (*seq, activation.serve_not_before);
                 let waited_in_vain = now.saturating_sub(activation.step_since) >= self.settings.start_timeout;
-                self.advance_view();
+                self.advance_view(now);
                 if now >= not_before && self.committed_at_start(seq) {
                     self.phase = Phase::Serving;
                     self.events.push_back(Event::Serving);
                 } else if waited_in_vain && now >= not_before {
-                    self.refuse_unstarted(seq);
+                    self.block_unstarted(now, seq);
                 }
             }
         }
@@ -427,8 +522,15 @@ impl<T> Volume<T> {
             return self.refuse_start(StartRefusal::Mismatch { replica, what });
         }
         self.uuid = Some(uuid);
+        let engine = self.settings.engine;
         let Some(activation) = self.activation() else { return };
-        let epoch = Epoch(activation.highest_promised.max(Epoch(0)).0 + 1);
+        let mut epoch = Epoch(activation.highest_promised.0 + 1);
+        if !activation.without.is_empty() {
+            // Another engine may do the same with the other half of the members, and both must not take one number: the
+            // replicas could not be told apart when they meet again.
+            let own = u64::from(u32::from_le_bytes([engine[0], engine[1], engine[2], 0]));
+            epoch = Epoch((epoch.0 >> FORCED_EPOCH_BITS) + 1 << FORCED_EPOCH_BITS | own);
+        }
         activation.highest_promised = epoch;
         self.epoch = epoch;
         self.enter(now, Step::Promise);
@@ -451,12 +553,24 @@ impl<T> Volume<T> {
         promises.filter(|p| !p.syncing).max_by_key(|p| p.position)
     }
 
+    /// Members of the view that answered and hold what every member held once: one with less has lost data, and may have
+    /// lost what it alone acknowledged.
     fn answered(&self, view: &View) -> Vec<PeerId> {
-        let stands = |id: &PeerId| {
+        let answers = |id: &PeerId| {
             let peer = &self.peers[*id];
-            view.contains(&peer.name) && peer.is_ready() && peer.promised.as_ref().is_some_and(|p| !p.syncing)
+            let promised = peer.promised.as_ref().filter(|p| !p.syncing);
+            promised.filter(|_| view.contains(&peer.name) && peer.is_ready())
         };
-        (0..self.peers.len()).filter(stands).collect()
+        let ids = || (0..self.peers.len()).filter_map(|id| Some((id, answers(&id)?)));
+        let stable = ids().map(|(_, p)| p.stable).max().unwrap_or(Seq(0));
+        ids().filter(|(_, p)| p.position.seq >= stable).map(|(id, _)| id).collect()
+    }
+
+    /// Members of the view that an operator gave up and that did not answer.
+    fn given_up(&self, view: &View, answered: &[PeerId]) -> Vec<ReplicaName> {
+        let Phase::Activating(Activation { without, .. }) = &self.phase else { return Vec::new() };
+        let is_there = |name: &ReplicaName| answered.iter().any(|id| self.peers[*id].name == *name);
+        view.members().iter().filter(|m| without.contains(m) && !is_there(m)).cloned().collect()
     }
 
     /// Goes on to the replay if enough members have promised. Whether more may still come decides `waited`.
@@ -470,14 +584,24 @@ impl<T> Volume<T> {
             return true;
         }
         let answered = self.answered(view);
-        let enough = answered.len() >= self.activation_policy(&top).activation(view.len());
-        let may_come = answered.len() < view.len() && !waited;
+        let given_up = self.given_up(view, &answered).len();
+        let enough = answered.len() + given_up >= self.activation_policy(&top).activation(view.len());
+        let may_come = answered.len() + given_up < view.len() && !waited;
         if !enough || may_come {
             return false;
         }
         let position = |id: &PeerId| self.peers[*id].promised.as_ref().map(|p| p.position);
         let Some(source) = answered.iter().copied().max_by_key(position) else { return false };
         let Some(truth) = self.peers[source].promised.clone() else { return false };
+        if let Some(welcome) = &self.peers[source].welcome
+            && welcome.size_bytes < self.settings.size_bytes
+        {
+            let (found, size) = (welcome.size_bytes, self.settings.size_bytes);
+            let what = format!("has {found} bytes, the configuration says {size}");
+            let replica = self.peers[source].name.clone();
+            self.refuse_start(StartRefusal::Mismatch { replica, what });
+            return true;
+        }
         let is_usable = |id: &PeerId| {
             self.peers[*id].promised.as_ref().is_some_and(|p| {
                 let own = p.position;
@@ -538,7 +662,8 @@ impl<T> Volume<T> {
         {
             let peer = &self.peers[target];
             let (replica, at) = (peer.name.clone(), peer.durable);
-            self.refuse_start(StartRefusal::Stalled { replica, at });
+            self.block_start(now, StartRefusal::Stalled { replica, at });
+            self.start_over(now);
         }
     }
 
@@ -546,48 +671,102 @@ impl<T> Volume<T> {
         let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
         let (goal, usable, source) = (replay.goal, replay.usable.clone(), replay.source);
         let Some(truth) = self.peers[source].promised.clone() else { return };
-        let membership = Membership::found(&truth.views);
+        let size_bytes = self.peers[source].welcome.as_ref().map_or(self.settings.size_bytes, |w| w.size_bytes);
+        let given_up = self.given_up(&truth.views.view, &self.answered(&truth.views.view));
+        let membership = match given_up.iter().try_fold(truth.views.view.clone(), |view, gone| view.without(gone)) {
+            Some(view) if !given_up.is_empty() => Membership { in_force: view, pending: None },
+            Some(_) | None => Membership::found(&truth.views),
+        };
         let target = membership.target().clone();
-        for (id, peer) in self.peers.iter_mut().enumerate() {
-            peer.role = match (target.contains(&peer.name), usable.contains(&id)) {
-                (true, true) => Role::Member,
-                (true, false) => Role::Leaving,
-                (false, _) => Role::Dropped,
+        let stable = truth.stable;
+        for id in 0..self.peers.len() {
+            let lacks = self.lacks_at_start(id, stable);
+            let peer = &mut self.peers[id];
+            peer.member_since = now;
+            (peer.role, peer.lacks) = match (target.contains(&peer.name), usable.contains(&id)) {
+                (true, true) => (Role::Member, Lacks::Unacknowledged),
+                (true, false) => (Role::Leaving, lacks),
+                (false, _) => (Role::Dropped, Lacks::Unacknowledged),
             };
             // What the others hold is none of this history, or nobody knows: it counts for nothing.
             peer.restart_from(if peer.role == Role::Member { goal } else { Seq(0) });
         }
+        if self.peers.iter().any(|p| p.role == Role::Leaving && p.lacks == Lacks::SinceStable) {
+            self.survey_since(stable, goal, source, truth.journal_first);
+        }
         self.membership = Some(membership);
         self.history = truth.history;
         self.stored_acks = truth.acks;
+        self.views = Some(truth.views);
+        self.tracked = truth.tracked.into_iter().collect();
+        self.size_bytes = size_bytes;
         self.log = Some(Log::new(goal));
         self.stable_told = Seq(0);
         let nowhere = ByteRange { offset: 0, length: 0 };
         let seq = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
         self.history.note(Position { epoch: self.epoch, seq });
+        let seq = self.force_view(now, given_up).unwrap_or(seq);
         for id in 0..self.peers.len() {
             let peer = &self.peers[id];
             if peer.role != Role::Member && matches!(peer.link, Link::Ready | Link::Promising { .. }) {
                 self.disconnect(now, id);
             }
         }
+        if size_bytes != self.settings.size_bytes {
+            self.notice(Notice::SizeDiffers { size_bytes });
+        }
         self.enter(now, Step::Start { seq });
     }
 
+    /// Gives out the records that take the members that were given up out of the view, one by one.
+    fn force_view(&mut self, now: Time, given_up: Vec<ReplicaName>) -> Option<Seq> {
+        let mut seq = None;
+        for subject in &given_up {
+            let view = self.views.as_ref().and_then(|views| views.view.without(subject))?;
+            let unacknowledged = vec![self.whole()];
+            self.tracked.insert(subject.clone(), Seq(0));
+            let (subject, acknowledged, forced) = (subject.clone(), Seq(0), true);
+            seq = Some(self.append_view(now, ViewChange { view, subject, acknowledged, unacknowledged, forced }));
+        }
+        if !given_up.is_empty() {
+            self.notice(Notice::GivenUp { replicas: given_up });
+        }
+        seq
+    }
+
+    fn survey_since(&mut self, stable: Seq, goal: Seq, source: PeerId, journal_first: Seq) {
+        let survey = Survey::new(source, stable, goal);
+        self.stable_survey = Some((stable, survey));
+        self.since_stable = None;
+        if stable >= goal {
+            self.stable_survey = None;
+            self.since_stable = Some(SinceStable { stable: goal, until: goal, ranges: Vec::new() });
+        } else if journal_first > stable.next() {
+            self.give_up_survey();
+        }
+    }
+
     /// The first record of the epoch does not become durable on enough members.
-    fn refuse_unstarted(&mut self, seq: Seq) {
+    fn block_unstarted(&mut self, now: Time, seq: Seq) {
         let Some(membership) = &self.membership else { return };
         let lacks = |p: &&super::Peer| membership.in_force.contains(&p.name) && p.durable < seq;
         if let Some(peer) = self.peers.iter().find(lacks) {
             let (replica, at) = (peer.name.clone(), peer.durable);
-            self.refuse_start(StartRefusal::Stalled { replica, at });
+            self.block_start(now, StartRefusal::Stalled { replica, at });
+            self.progressed(now);
         }
     }
 
     fn refuse_late(&mut self, now: Time) {
         let missing = |name: &ReplicaName| -> MissingReplica {
             let peer = self.peers.iter().find(|p| p.name == *name);
-            let reason = peer.and_then(|p| p.last_error.clone()).unwrap_or_else(|| "no answer".to_owned());
+            let position = peer.and_then(|p| p.promised.as_ref()).map(|p| (p.position, p.syncing));
+            let reason = match (position, peer.and_then(|p| p.last_error.clone())) {
+                (Some((_, true)), _) => "it is being copied to and does not hold everything".to_owned(),
+                (Some((found, false)), _) => format!("it stands at {found}, but held more: its disk lost data"),
+                (None, Some(error)) => error,
+                (None, None) => "no answer".to_owned(),
+            };
             MissingReplica { replica: name.clone(), reason }
         };
         if let Phase::Activating(Activation { other_engine: Some(other), .. }) = &self.phase
@@ -611,9 +790,11 @@ impl<T> Volume<T> {
             needed: self.activation_policy(top).activation(view.len()),
             missing: absent.map(missing).collect(),
             best,
-            held_at_least: Seq(top.journal_first.0.saturating_sub(1)),
+            held_at_least: top.stable,
             view,
         };
-        self.refuse_start(refusal);
+        self.block_start(now, refusal);
     }
+
+
 }

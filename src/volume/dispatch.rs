@@ -62,7 +62,7 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_read_done(&mut self, now: Time, peer: PeerId, id: u64, applied: Seq, outcome: ReadOutcome) {
-        if !self.peers[peer].reads.remove(&id) {
+        if !self.peers[peer].reads.remove(&id) || self.on_chunk_read(now, peer, id, &outcome) {
             return;
         }
         let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
@@ -71,6 +71,7 @@ impl<T> Volume<T> {
         match outcome {
             ReadOutcome::Data { data, .. } if data.len() as u64 == range.length => {
                 self.reads.note_latency(now.saturating_sub(asked_at));
+                self.note_client(asked_at, now);
                 let until = self.must_be_committed(range, applied);
                 self.answer_or_hold(now, Held { piece: id, data, until });
             }
@@ -156,6 +157,7 @@ impl<T> Volume<T> {
     /// A peer will not answer what it was asked.
     pub(super) fn reads_lost(&mut self, now: Time, peer: PeerId) {
         for id in std::mem::take(&mut self.peers[peer].reads) {
+            self.chunk_read_lost(id);
             if let Some(piece) = self.reads.pieces.get_mut(&id) {
                 piece.outstanding -= 1;
                 // It may be asked again when it is back.

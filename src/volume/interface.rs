@@ -38,6 +38,8 @@ pub struct VolumeSettings {
     pub lease: Duration,
     /// How long activation may take.
     pub start_timeout: Duration,
+    /// A resync copies at least so much, bytes per second.
+    pub resync_rate_min: u64,
     /// Whether to fence another engine that is at work.
     pub take_over: bool,
     /// This engine.
@@ -111,6 +113,8 @@ pub enum Event<T> {
     Serving,
     /// Activation was refused; the volume is dead.
     StartRefused(StartRefusal),
+    /// Activation cannot go on for now; it is tried on and on.
+    StartBlocked(StartRefusal),
     /// A higher epoch was promised: another engine took over; the volume is dead.
     Fenced {
         /// Its epoch.
@@ -120,6 +124,8 @@ pub enum Event<T> {
     },
     /// Close the connection of this peer and make a new one.
     Disconnect(PeerId),
+    /// Close the connection of this peer for good: the replica is removed.
+    Removed(PeerId),
     /// Something that people should know.
     Notice(Notice),
 }
@@ -187,6 +193,45 @@ pub enum Notice {
         /// How much that is.
         records: u64,
     },
+    /// A replica out of the view is being copied to.
+    Resyncing {
+        /// Which.
+        replica: ReplicaName,
+    },
+    /// A replica that was being copied to is out of the view as before.
+    ResyncEnded {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
+    /// A replica is no part of the volume any more.
+    Removed {
+        /// Which.
+        replica: ReplicaName,
+    },
+    /// Replicas were given up by an operator; what only they held is lost.
+    GivenUp {
+        /// Which.
+        replicas: Vec<ReplicaName>,
+    },
+    /// The volume has another size than the configuration says.
+    SizeDiffers {
+        /// The volume's size, bytes.
+        size_bytes: u64,
+    },
+    /// The volume has a new size.
+    Resized {
+        /// The size, bytes.
+        size_bytes: u64,
+    },
+    /// The volume cannot have the size asked for.
+    ResizeFailed {
+        /// The size asked for, bytes.
+        size_bytes: u64,
+        /// Why.
+        reason: String,
+    },
     /// Too few members are in reach to acknowledge anything, or enough again.
     Frozen(bool),
     /// The disk of a replica is full, or no longer.
@@ -213,4 +258,6 @@ pub enum DropReason {
     LostData,
     /// It did not take part in activation.
     Absent,
+    /// An operator removes it, or has all of it copied anew.
+    Operator,
 }

@@ -9,7 +9,7 @@ use protocol::ranges::merge;
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
 
-use super::peer::{Peer, Role};
+use super::peer::{Lacks, Peer, Role};
 use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
 use protocol::message::Condition;
 use protocol::ranges::ByteRange;
@@ -69,7 +69,7 @@ impl<T> Volume<T> {
         }
     }
 
-    fn durable_on(&self, view: &View, seq: Seq) -> usize {
+    pub(super) fn durable_on(&self, view: &View, seq: Seq) -> usize {
         self.peers.iter().filter(|p| view.contains(&p.name) && p.durable >= seq).count()
     }
 
@@ -85,16 +85,21 @@ impl<T> Volume<T> {
         durable.get(policy.needed(view.len()) - 1).copied().unwrap_or(Seq(0))
     }
 
-    /// Up to here every member holds the order; members that leave count until they have left.
+    /// Up to here every member holds the order; members that leave count until they have left, and one that is about to
+    /// join as well: what is stable must be so for all members there will be.
     pub(super) fn stable_seq(&self) -> Option<Seq> {
         let membership = self.membership.as_ref()?;
-        let counts = |p: &&Peer| membership.in_force.contains(&p.name) || membership.target().contains(&p.name);
+        let joining = self.resync.as_ref().filter(|r| r.is_finishing()).map(|r| &self.peers[r.peer].name);
+        let counts = |p: &&Peer| {
+            let is_member = membership.in_force.contains(&p.name) || membership.target().contains(&p.name);
+            is_member || joining == Some(&p.name)
+        };
         let known = membership.in_force.members().iter().all(|m| self.peers.iter().any(|p| p.name == *m));
         self.peers.iter().filter(counts).map(|p| p.durable).min().filter(|_| known)
     }
 
     /// Takes a pending view into force once enough members hold it.
-    pub(super) fn advance_view(&mut self) {
+    pub(super) fn advance_view(&mut self, now: Time) {
         let Some(membership) = &self.membership else { return };
         let Some(pending) = &membership.pending else { return };
         let old = &membership.in_force;
@@ -103,10 +108,12 @@ impl<T> Volume<T> {
         }
         let (view, seq) = (pending.view.clone(), pending.seq);
         for peer in &mut self.peers {
-            if !view.contains(&peer.name) {
-                peer.role = Role::Dropped;
-            } else if peer.role != Role::Leaving {
-                peer.role = Role::Member;
+            match (view.contains(&peer.name), peer.role) {
+                (false, Role::Member | Role::Leaving | Role::Joining) => peer.role = Role::Dropped,
+                (true, Role::Joining) => (peer.role, peer.member_since) = (Role::Member, now),
+                (true, Role::Unknown | Role::Dropped | Role::Syncing) => peer.role = Role::Member,
+                (true, Role::Member | Role::Leaving | Role::Gone) => {}
+                (false, Role::Unknown | Role::Dropped | Role::Syncing | Role::Gone) => {}
             }
         }
         self.membership = Some(Membership { in_force: view.clone(), pending: None });
@@ -170,10 +177,33 @@ impl<T> Volume<T> {
                 return self.propose_drop(now, id, reason);
             }
         }
-        // Members of the view that activation could not use.
-        let leaving = |id: &PeerId| self.peers[*id].role == Role::Leaving && self.can_drop(*id);
+        // Members of the view that activation could not use, or that came back with less than they had.
+        let leaving = |id: &PeerId| {
+            let peer = &self.peers[*id];
+            let is_known = peer.lacks != Lacks::SinceStable || self.since_stable.is_some();
+            peer.role == Role::Leaving && is_known && self.can_drop(*id)
+        };
         if let Some(id) = (0..self.peers.len()).find(leaving) {
-            self.propose_drop(now, id, DropReason::Absent);
+            let reason = match self.peers[id].lacks {
+                Lacks::Unacknowledged | Lacks::SinceStable => DropReason::Absent,
+                Lacks::Everything => DropReason::LostData,
+            };
+            self.propose_drop(now, id, reason);
+        }
+    }
+
+    /// Up to where a replica that leaves holds everything for certain, and what changed after that.
+    fn account_of(&self, id: PeerId) -> (Seq, Vec<ByteRange>) {
+        let peer = &self.peers[id];
+        let Some(log) = &self.log else { return (Seq(0), vec![self.whole()]) };
+        match (peer.lacks, &self.since_stable) {
+            (Lacks::Unacknowledged, _) if log.holds_all_after(peer.durable) => {
+                (peer.durable, log.ranges_after(peer.durable).collect())
+            }
+            (Lacks::SinceStable, Some(since)) if log.holds_all_after(since.until) => {
+                (since.stable, since.ranges.iter().copied().chain(log.ranges_after(since.until)).collect())
+            }
+            (Lacks::Unacknowledged | Lacks::SinceStable | Lacks::Everything, _) => (Seq(0), vec![self.whole()]),
         }
     }
 
@@ -182,26 +212,45 @@ impl<T> Volume<T> {
         let name = self.peers[id].name.clone();
         let Some(membership) = &self.membership else { return };
         let Some(view) = membership.in_force.without(&name) else { return };
-        let Some(log) = &self.log else { return };
         let ranges_max = ViewChange::ranges_max(self.record_payload_bytes_max).max(1);
-        let unacknowledged = match reason {
-            // What it holds is not known.
-            DropReason::LostData | DropReason::Absent => {
-                vec![ByteRange { offset: 0, length: self.settings.size_bytes }]
-            }
-            DropReason::LagBytes | DropReason::LagTime | DropReason::NoSpace | DropReason::Poisoned => {
-                merge(log.ranges_after(self.peers[id].durable), ranges_max)
-            }
-        };
-        let change = ViewChange { view: view.clone(), subject: name.clone(), unacknowledged };
-        let nowhere = ByteRange { offset: 0, length: 0 };
-        let seq = self.append(now, RecordKind::ViewChange, nowhere, false, change.encode());
-        self.peers[id].role = Role::Leaving;
+        let (acknowledged, ranges) = self.account_of(id);
+        let unacknowledged = merge(ranges, ranges_max);
+        let change = ViewChange { view, subject: name.clone(), acknowledged, unacknowledged, forced: false };
+        self.give_out_view(now, change);
+        self.tracked.insert(name.clone(), acknowledged);
+        let peer = &mut self.peers[id];
+        peer.role = Role::Leaving;
+        peer.backoff.lost(now, now.saturating_sub(peer.member_since));
         self.disconnect(now, id);
+        self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
+    }
+
+    /// Gives out the record that takes a replica into the view. No other view change may be pending.
+    pub(super) fn propose_join(&mut self, now: Time, id: PeerId) {
+        let name = self.peers[id].name.clone();
+        let Some(view) = self.membership.as_ref().and_then(|m| m.in_force.with(&name)) else { return };
+        self.peers[id].role = Role::Joining;
+        self.peers[id].lacks = Lacks::Unacknowledged;
+        self.tracked.remove(&name);
+        let (acknowledged, unacknowledged) = (Seq(0), Vec::new());
+        self.give_out_view(now, ViewChange { view, subject: name, acknowledged, unacknowledged, forced: false });
+    }
+
+    fn give_out_view(&mut self, now: Time, change: ViewChange) {
+        let view = change.view.clone();
+        let seq = self.append_view(now, change);
         if let Some(membership) = &mut self.membership {
             membership.pending = Some(Pending { view, seq });
         }
-        self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
+    }
+
+    pub(super) fn append_view(&mut self, now: Time, change: ViewChange) -> Seq {
+        let nowhere = ByteRange { offset: 0, length: 0 };
+        let seq = self.append(now, RecordKind::ViewChange, nowhere, false, change.encode());
+        if let Some(views) = &mut self.views {
+            views.change(change.view, change.forced, seq);
+        }
+        seq
     }
 
     /// Whether a change that was held back for `held` is to wait on, for a member that falls behind but makes progress:

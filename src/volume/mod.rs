@@ -18,15 +18,20 @@
 
 mod acks;
 mod activation;
+mod command;
+mod copying;
 mod dispatch;
 mod interface;
 mod log;
 mod membership;
 mod peer;
+mod rate;
 mod reads;
+mod resync;
 mod snapshot;
+mod survey;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,17 +39,23 @@ use protocol::message::{Condition, Hello, RefusedReason};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::{
-    Epoch, EpochHistory, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine, VolumeUuid,
+    Epoch, EpochHistory, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine,
+    ViewState, VolumeUuid,
 };
 
 use acks::Acks;
 use activation::Activation;
-pub use activation::StartRefusal;
+pub use activation::{MissingReplica, StartRefusal};
+pub use command::{Command, CommandRefusal};
+use command::Resizing;
 pub use interface::{DropReason, Event, Failure, Notice, ReadSpread, Request, VolumeSettings, Zeroing};
 use log::Log;
 use membership::Membership;
+use survey::{Survey, Surveyed};
 use peer::{Link, Peer, Role};
 use reads::Reads;
+use resync::Resync;
+pub use resync::ResyncSnapshot;
 pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};
 
 /// Time since a fixed moment of the process.
@@ -66,8 +77,19 @@ pub struct Volume<T> {
     phase: Phase,
     stopping: bool,
     uuid: Option<VolumeUuid>,
+    size_bytes: u64,
     epoch: Epoch,
     history: EpochHistory,
+    /// As of the last record given out.
+    views: Option<ViewState>,
+    /// Replicas out of the view, and up to where members know each to hold everything.
+    tracked: BTreeMap<ReplicaName, Seq>,
+    /// What changed after the last record that all members held when the engine before this one stopped; being learned
+    /// from the journal of a member, or known. Only if a member was absent at activation.
+    stable_survey: Option<(Seq, Survey)>,
+    since_stable: Option<SinceStable>,
+    resync: Option<Resync>,
+    resizing: Option<Resizing>,
     /// The policies of the epoch before this one.
     stored_acks: Option<AckPolicies>,
     /// There once activation has found the true history.
@@ -90,6 +112,16 @@ pub struct Volume<T> {
     next_token: u64,
     events: VecDeque<Event<T>>,
     counts: Counts,
+}
+
+/// What the records of earlier engines changed that some member may lack.
+#[derive(Debug)]
+struct SinceStable {
+    /// Every member held the records up to here.
+    stable: Seq,
+    /// The records after that, up to here, changed these ranges.
+    until: Seq,
+    ranges: Vec<ByteRange>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -121,8 +153,15 @@ impl<T> Volume<T> {
             phase: Phase::Activating(Activation::new(now)),
             stopping: false,
             uuid: None,
+            size_bytes: settings.size_bytes,
             epoch: Epoch(0),
             history: EpochHistory::default(),
+            views: None,
+            tracked: BTreeMap::new(),
+            stable_survey: None,
+            since_stable: None,
+            resync: None,
+            resizing: None,
             stored_acks: None,
             log: None,
             membership: None,
@@ -176,7 +215,7 @@ impl<T> Volume<T> {
 
     /// A connection to a peer was made.
     pub fn peer_connected(&mut self, now: Time, peer: PeerId) {
-        if self.is_dead() {
+        if self.is_dead() || self.peers[peer].role == Role::Gone {
             return;
         }
         let hello = Hello {
@@ -185,6 +224,7 @@ impl<T> Volume<T> {
             engine: self.settings.engine,
         };
         self.peers[peer].link = Link::Greeting { since: now };
+        self.peers[peer].linked_at = now;
         self.peers[peer].push_urgent(ToAgent::Hello(hello));
     }
 
@@ -250,6 +290,11 @@ impl<T> Volume<T> {
             }
             ToEngine::ReadDone { id, applied, outcome } => self.on_read_done(now, peer, id, applied, outcome),
             ToEngine::Fetched(record) => self.on_fetched(peer, record),
+            ToEngine::Begun => self.on_begun(now, peer),
+            ToEngine::Copied { id } => self.on_copied(now, peer, id),
+            ToEngine::InSync => self.on_in_sync(now, peer),
+            ToEngine::Dirty(dirty) => self.on_dirty(now, peer, dirty),
+            ToEngine::Extended { size_bytes, refused } => self.on_extended(peer, size_bytes, refused),
             ToEngine::FetchEnd { next } => self.on_fetch_end(now, peer, next),
             ToEngine::Condition(condition) => self.on_condition(now, peer, condition),
             ToEngine::Refused(refused) => match refused.reason {
@@ -259,6 +304,7 @@ impl<T> Volume<T> {
                 | RefusedReason::Unusable
                 | RefusedReason::Protocol => {
                     self.note_trouble(peer, refused.text);
+                    self.peers[peer].holds_nothing = refused.reason == RefusedReason::NoReplica;
                     self.disconnect(now, peer);
                     self.activation_lost(now, peer);
                 }
@@ -269,6 +315,13 @@ impl<T> Volume<T> {
     }
 
     fn on_fenced(&mut self, now: Time, peer: PeerId, promised: Epoch) {
+        let counts = matches!(self.peers[peer].role, Role::Member | Role::Leaving | Role::Joining | Role::Unknown);
+        if !counts && self.log.is_some() {
+            // It is out of the view: what it promised elsewhere overtakes nobody, but it cannot come back to this engine.
+            let text = format!("it promised epoch {promised} to another engine; restart this one to take it back");
+            self.note_trouble(peer, text);
+            return self.disconnect(now, peer);
+        }
         match self.phase {
             Phase::Activating(_) if self.log.is_none() => self.outbid(now, promised),
             Phase::Activating(_) | Phase::Serving => {
@@ -283,6 +336,7 @@ impl<T> Volume<T> {
     /// Ends the volume: every request fails.
     fn die(&mut self, failure: Failure) {
         self.phase = Phase::Dead;
+        self.resync = None;
         self.fail_waiting(failure);
     }
 
@@ -313,8 +367,8 @@ impl<T> Volume<T> {
             Request::Flush => match &self.log {
                 Some(log) => {
                     let last = log.last();
-                    self.flush_acks.push(last, token);
-                    self.release_committed();
+                    self.flush_acks.push(last, token, now);
+                    self.release_committed(now);
                 }
                 None => self.complete(token, Err(Failure::Io)),
             },
@@ -339,15 +393,15 @@ impl<T> Volume<T> {
                 self.held.push_front(change);
                 return;
             }
-            let HeldChange { token, request, .. } = change;
+            let HeldChange { token, request, queued_at, .. } = change;
             let Some(log) = &self.log else { return self.complete(token, Err(Failure::Io)) };
             let last = log.last();
             match request {
                 Request::Write { fua: false, .. } | Request::Zero { fua: false, .. } => {
-                    self.write_acks.push(last, token);
+                    self.write_acks.push(last, token, queued_at);
                 }
                 Request::Write { .. } | Request::Zero { .. } | Request::Flush | Request::Read(_) => {
-                    self.flush_acks.push(last, token);
+                    self.flush_acks.push(last, token, queued_at);
                 }
             }
         }
@@ -376,11 +430,17 @@ impl<T> Volume<T> {
             }
             let step = match kind {
                 RecordKind::Write => u64::from(self.record_payload_bytes_max).min(range.length - change.given_out),
-                RecordKind::Trim | RecordKind::WriteZeroes | RecordKind::EpochStart | RecordKind::ViewChange => {
-                    range.length
-                }
+                RecordKind::Trim
+                | RecordKind::WriteZeroes
+                | RecordKind::EpochStart
+                | RecordKind::ViewChange
+                | RecordKind::DirtyChange
+                | RecordKind::Resize => range.length,
             };
             let piece = ByteRange { offset: range.offset + change.given_out, length: step };
+            if self.is_held_for_copy(piece) {
+                return false;
+            }
             let payload = match &change.request {
                 Request::Write { data, .. } => {
                     data.slice(change.given_out as usize..(change.given_out + step) as usize)
@@ -400,6 +460,9 @@ impl<T> Volume<T> {
         let mut record = Record::new(position, kind, range, payload);
         record.header.no_hole = no_hole;
         log.push(record, now);
+        if range.length > 0 {
+            self.overlap_chunks(range);
+        }
         position.seq
     }
 
@@ -428,25 +491,30 @@ impl<T> Volume<T> {
         }
         self.advance_activation(now);
         if self.log.is_some() {
-            self.advance_view();
-            self.release_committed();
+            self.advance_view(now);
+            self.release_committed(now);
             self.release_reads(now);
+            self.advance_survey();
             self.enforce_limits(now);
+            self.advance_resync(now);
+            self.advance_resizing(now);
             self.trim(now);
             self.give_out(now);
         }
     }
 
-    fn release_committed(&mut self) {
+    fn release_committed(&mut self, now: Time) {
         if !matches!(self.phase, Phase::Serving) {
             return;
         }
         let committed = self.committed(self.settings.ack_write);
-        while let Some(token) = self.write_acks.pop_committed(committed) {
+        while let Some((token, asked_at)) = self.write_acks.pop_committed(committed) {
+            self.note_client(asked_at, now);
             self.complete(token, Ok(Bytes::new()));
         }
         let committed = self.committed(self.settings.ack_flush);
-        while let Some(token) = self.flush_acks.pop_committed(committed) {
+        while let Some((token, asked_at)) = self.flush_acks.pop_committed(committed) {
+            self.note_client(asked_at, now);
             self.complete(token, Ok(Bytes::new()));
         }
     }
@@ -454,16 +522,17 @@ impl<T> Volume<T> {
     /// Tells members up to where all hold the order, and forgets it here.
     fn trim(&mut self, now: Time) {
         let Some(stable) = self.stable_seq() else { return };
+        let followed = self.followed();
         let Some(log) = &mut self.log else { return };
         let bytes_until = log.bytes_until(stable);
         let news = bytes_until.saturating_sub(self.stable_told_bytes);
-        log.trim(stable);
+        log.trim(followed.map_or(stable, |followed| followed.min(stable)));
         let due = now.saturating_sub(self.stable_told_at) >= STABLE_INTERVAL || news > self.journal_bytes_min / 16;
         if stable > self.stable_told && due {
             self.stable_told = stable;
             self.stable_told_bytes = bytes_until;
             self.stable_told_at = now;
-            for peer in self.peers.iter_mut().filter(|p| p.is_ready_member()) {
+            for peer in self.peers.iter_mut().filter(|p| p.takes_records()) {
                 peer.push_urgent(ToAgent::Stable { seq: stable });
             }
         }
@@ -482,7 +551,7 @@ impl<T> Volume<T> {
 
     fn ping(&mut self, now: Time) {
         let mut silent = Vec::new();
-        for (id, peer) in self.peers.iter_mut().enumerate().filter(|(_, p)| p.is_ready_member()) {
+        for (id, peer) in self.peers.iter_mut().enumerate().filter(|(_, p)| p.takes_records()) {
             match peer.ping {
                 Some((_, sent_at)) if now.saturating_sub(sent_at) > PING_TIMEOUT => silent.push(id),
                 Some(_) => {}
@@ -535,8 +604,11 @@ impl<T> Volume<T> {
     // ---- stopping ----------------------------------------------------------------------------------------------
 
     /// Takes no more requests. Members go on catching up until [`Volume::goodbye`].
-    pub fn stop(&mut self) {
+    pub fn stop(&mut self, now: Time) {
         self.stopping = true;
+        if self.resync.is_some() {
+            self.end_resync(now, "the engine stops".to_owned());
+        }
     }
 
     /// Whether nothing is waiting: every member that can be reached holds everything.

@@ -41,9 +41,47 @@ pub(super) enum Role {
     /// Not known before activation.
     Unknown,
     Member,
-    /// Its drop is on its way to the others.
+    /// Its drop is on its way to the others, or will be.
     Leaving,
     Dropped,
+    /// Out of the view, but it gets all records, and copies of what it lacks.
+    Syncing,
+    /// It holds everything; the view with it is not in force yet.
+    Joining,
+    /// It was removed: nobody.
+    Gone,
+}
+
+/// What a replica that leaves may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lacks {
+    /// Records after the last that it acknowledged.
+    Unacknowledged,
+    /// Records after the last that all members held when the engine before this one stopped.
+    SinceStable,
+    /// Nobody knows.
+    Everything,
+}
+
+/// When a replica that was dropped is brought back: the sooner it is dropped again, the later.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Backoff {
+    attempts: u32,
+    pub(super) not_before: Time,
+}
+
+const BACKOFF_FIRST: Time = Time::from_millis(500);
+const BACKOFF_MAX: Time = Time::from_secs(60);
+
+impl Backoff {
+    /// It was lost, after `stayed` in good order.
+    pub(super) fn lost(&mut self, now: Time, stayed: Time) {
+        if stayed >= BACKOFF_MAX {
+            self.attempts = 0;
+        }
+        self.not_before = now + (BACKOFF_FIRST * 2_u32.pow(self.attempts.min(8))).min(BACKOFF_MAX);
+        self.attempts += 1;
+    }
 }
 
 /// One message to a peer; it must not overtake the records given out before it.
@@ -58,6 +96,18 @@ pub(super) struct Peer {
     pub(super) name: ReplicaName,
     pub(super) link: Link,
     pub(super) role: Role,
+    pub(super) lacks: Lacks,
+    pub(super) backoff: Backoff,
+    /// Since when it has been a member.
+    pub(super) member_since: Time,
+    /// Since when there has been a connection.
+    pub(super) linked_at: Time,
+    /// It is to be forgotten once it is out of the view.
+    pub(super) is_removed: bool,
+    /// There is no replica where it should be.
+    pub(super) holds_nothing: bool,
+    /// Somebody asked that all of it be copied anew.
+    pub(super) wants_full_resync: bool,
     pub(super) welcome: Option<Welcome>,
     pub(super) promised: Option<Promised>,
     pub(super) condition: Condition,
@@ -91,6 +141,13 @@ impl Peer {
             name,
             link: Link::Down { since: now },
             role: Role::Unknown,
+            lacks: Lacks::Unacknowledged,
+            backoff: Backoff::default(),
+            member_since: now,
+            linked_at: now,
+            is_removed: false,
+            holds_nothing: false,
+            wants_full_resync: false,
             welcome: None,
             promised: None,
             condition: Condition::Healthy,
@@ -119,12 +176,22 @@ impl Peer {
         self.is_ready() && self.role == Role::Member
     }
 
+    /// Whether records are sent to it.
+    pub(super) fn takes_records(&self) -> bool {
+        self.is_ready() && matches!(self.role, Role::Member | Role::Syncing | Role::Joining)
+    }
+
     /// How long the connection has been down.
     pub(super) fn down_for(&self, now: Time) -> Option<Time> {
         match self.link {
             Link::Down { since } => Some(now.saturating_sub(since)),
             Link::Greeting { .. } | Link::Welcomed | Link::Promising { .. } | Link::Ready => None,
         }
+    }
+
+    /// How long the connection has lasted.
+    pub(super) fn linked_for(&self, now: Time) -> Time {
+        now.saturating_sub(self.linked_at)
     }
 
     /// Whether the answer to `Hello` or `Promise` has not come for longer than `limit`.
@@ -201,7 +268,7 @@ impl Peer {
 
     /// The next record to send, if the peer takes records and its window has room.
     fn next_record<'a>(&self, log: &'a Log) -> Option<&'a Record> {
-        let record = log.get(self.sent.next()).filter(|_| self.is_ready_member())?;
+        let record = log.get(self.sent.next()).filter(|_| self.takes_records())?;
         let in_flight = log.bytes_between(self.durable, self.sent);
         let fits = in_flight == 0 || in_flight + record.header.journal_bytes_max() <= WINDOW_BYTES;
         fits.then_some(record)
@@ -215,6 +282,8 @@ impl Peer {
             let Some(message) = self.next_message(log) else { break };
             if let ToAgent::Append(record) = &message {
                 bytes += record.header.journal_bytes_max();
+            } else if let ToAgent::Copy(copy) = &message {
+                bytes += copy.data.len() as u64;
             }
             taken.push(message);
         }

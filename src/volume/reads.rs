@@ -61,7 +61,8 @@ impl<T> Reads<T> {
         Reads { next_id: 1, ops: BTreeMap::new(), pieces: BTreeMap::new(), held: Vec::new(), latency: None }
     }
 
-    fn id(&mut self) -> u64 {
+    /// A new name for a read.
+    pub(super) fn id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
     }

@@ -4,6 +4,7 @@ use protocol::message::Condition;
 use protocol::{Epoch, ReplicaName, Seq, VolumeUuid};
 
 use super::peer::{Link, Role};
+use super::resync::{Resync, ResyncSnapshot};
 use super::{Phase, Time, Volume};
 
 /// A volume at one moment.
@@ -23,6 +24,10 @@ pub struct VolumeSnapshot {
     pub exposed_bytes: u64,
     /// Its replicas, in the order of the configuration.
     pub peers: Vec<PeerSnapshot>,
+    /// Size, bytes.
+    pub size_bytes: u64,
+    /// Why it cannot start, while it waits for replicas.
+    pub blocked: Option<String>,
     /// Reads taken.
     pub reads: u64,
     /// Changes taken.
@@ -59,6 +64,10 @@ pub struct PeerSnapshot {
     pub lag_ms: u64,
     /// Bad blocks it reported.
     pub checksum_errors: u64,
+    /// How far the copying to it is.
+    pub resync: Option<ResyncSnapshot>,
+    /// Why it was last refused or lost, while it is not in order.
+    pub trouble: Option<String>,
 }
 
 /// What a replica is to the volume.
@@ -66,6 +75,8 @@ pub struct PeerSnapshot {
 pub enum PeerState {
     /// In the view and reachable.
     Member,
+    /// Out of the view and being brought back.
+    Syncing,
     /// Out of the view.
     Dropped,
     /// In the view, but not reachable.
@@ -87,6 +98,8 @@ impl<T> Volume<T> {
             state: self.state(),
             exposed_bytes: self.exposed_bytes(),
             peers: self.peers.iter().map(|p| self.peer_snapshot(p, last, now)).collect(),
+            size_bytes: self.size_bytes,
+            blocked: self.start_blocked().map(ToString::to_string),
             reads: self.counts.reads,
             writes: self.counts.writes,
         }
@@ -105,7 +118,7 @@ impl<T> Volume<T> {
         let (Some(membership), Some(log)) = (&self.membership, &self.log) else { return 0 };
         let view = &membership.in_force;
         if view.len() == 1 {
-            return self.settings.size_bytes;
+            return self.size_bytes;
         }
         let mut durable: Vec<Seq> = self.peers.iter().filter(|p| view.contains(&p.name)).map(|p| p.durable).collect();
         durable.sort_unstable_by(|a, b| b.cmp(a));
@@ -114,24 +127,30 @@ impl<T> Volume<T> {
     }
 
     fn peer_snapshot(&self, peer: &super::Peer, last: Seq, now: Time) -> PeerSnapshot {
+        let resync = self.resync.as_ref().filter(|r| self.peers[r.peer].name == peer.name);
         let state = match (peer.role, &peer.link) {
-            (Role::Leaving | Role::Dropped, _) => PeerState::Dropped,
+            (Role::Leaving | Role::Dropped | Role::Gone, _) => PeerState::Dropped,
+            (Role::Syncing | Role::Joining, _) => PeerState::Syncing,
             (Role::Member, Link::Ready) if peer.condition != Condition::Healthy => PeerState::Failed,
             (Role::Member, Link::Ready) => PeerState::Member,
             (Role::Member | Role::Unknown, _) => PeerState::Offline,
         };
         // What a dropped replica holds is known up to its drop only.
-        let follows = matches!(peer.role, Role::Member);
+        let follows = matches!(peer.role, Role::Member | Role::Syncing | Role::Joining);
         let log = self.log.as_ref().filter(|_| follows);
         let waiting = log.and_then(|l| l.queued_at(peer.durable.next()));
+        let durable = if follows { peer.durable } else { self.tracked.get(&peer.name).copied().unwrap_or(peer.durable) };
+        let is_well = matches!(state, PeerState::Member);
         PeerSnapshot {
             name: peer.name.clone(),
             state,
-            durable: peer.durable,
-            lag_records: last.ahead_of(peer.durable),
+            durable,
+            lag_records: last.ahead_of(durable),
             lag_bytes: log.map_or(0, |l| l.bytes_between(peer.durable, last)),
             lag_ms: waiting.map_or(0, |at| now.saturating_sub(at).as_millis() as u64),
             checksum_errors: peer.checksum_errors,
+            resync: resync.map(Resync::snapshot),
+            trouble: peer.last_error.clone().filter(|_| !is_well),
         }
     }
 }

@@ -1,0 +1,112 @@
+//! Which ranges the records in a replica's journal change. The records are fetched part by part, and only their ranges are
+//! kept.
+
+use protocol::ranges::{ByteRange, merge};
+use protocol::{Record, Seq};
+
+use super::PeerId;
+
+/// Ranges kept before they are merged.
+const RANGES_KEPT_MAX: usize = 64 * 1024;
+
+/// A survey under way.
+#[derive(Debug)]
+pub(super) struct Survey {
+    /// Whose journal it is.
+    pub(super) peer: PeerId,
+    next: Seq,
+    end: Seq,
+    ranges: Vec<ByteRange>,
+    /// The first record of the part that was asked for.
+    asked_from: Option<Seq>,
+}
+
+/// How an answer leaves a survey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Surveyed {
+    Whole,
+    Partly,
+    /// The journal does not give what was asked for.
+    Failed,
+}
+
+impl Survey {
+    /// Of the records after `base` up to `end`.
+    pub(super) fn new(peer: PeerId, base: Seq, end: Seq) -> Survey {
+        Survey { peer, next: base.next(), end, ranges: Vec::new(), asked_from: None }
+    }
+
+    /// What to ask for, if that was not done yet.
+    pub(super) fn question(&mut self) -> Option<(Seq, Seq)> {
+        if self.asked_from.is_some() || self.next > self.end {
+            return None;
+        }
+        self.asked_from = Some(self.next);
+        Some((self.next, self.end))
+    }
+
+    pub(super) fn take(&mut self, record: &Record) {
+        if record.seq() != self.next || self.next > self.end {
+            return;
+        }
+        self.next = self.next.next();
+        let range = record.header.range();
+        if range.length > 0 {
+            self.ranges.push(range);
+        }
+        if self.ranges.len() > RANGES_KEPT_MAX {
+            self.ranges = merge(std::mem::take(&mut self.ranges), RANGES_KEPT_MAX / 2);
+        }
+    }
+
+    /// No more will come of the part that was asked for.
+    pub(super) fn part_ended(&mut self, next: Seq) -> Surveyed {
+        let from = self.asked_from.take();
+        if self.next > self.end {
+            return Surveyed::Whole;
+        }
+        let progressed = from.is_some_and(|from| next > from) && next == self.next;
+        if progressed { Surveyed::Partly } else { Surveyed::Failed }
+    }
+
+    /// The last record of interest.
+    pub(super) fn end(&self) -> Seq {
+        self.end
+    }
+
+    pub(super) fn ranges(self) -> Vec<ByteRange> {
+        self.ranges
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::{Epoch, Position, RecordKind};
+
+    fn write(seq: u64, offset: u64) -> Record {
+        let position = Position { epoch: Epoch(1), seq: Seq(seq) };
+        Record::new(position, RecordKind::Write, ByteRange { offset, length: 1 }, vec![0].into())
+    }
+
+    #[test]
+    fn a_journal_is_asked_until_all_of_it_was_seen() {
+        let mut survey = Survey::new(0, Seq(4), Seq(6));
+        assert_eq!(survey.question(), Some((Seq(5), Seq(6))));
+        assert_eq!(survey.question(), None, "one question at a time");
+        survey.take(&write(5, 100));
+        survey.take(&write(7, 300));
+        assert_eq!(survey.part_ended(Seq(6)), Surveyed::Partly);
+        assert_eq!(survey.question(), Some((Seq(6), Seq(6))));
+        survey.take(&write(6, 200));
+        assert_eq!(survey.part_ended(Seq(7)), Surveyed::Whole);
+        assert_eq!(survey.ranges().iter().map(|r| r.offset).collect::<Vec<_>>(), [100, 200]);
+    }
+
+    #[test]
+    fn a_journal_that_gives_nothing_ends_it() {
+        let mut survey = Survey::new(0, Seq(4), Seq(6));
+        survey.question();
+        assert_eq!(survey.part_ended(Seq(5)), Surveyed::Failed);
+    }
+}
