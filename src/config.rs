@@ -95,6 +95,9 @@ pub struct VolumeConfig {
     /// How long an engine may answer reads after its members last confirmed its epoch. Default 3 s.
     #[serde(default = "VolumeConfig::default_lease_ms")]
     lease_ms: u64,
+    /// A resync copies at least so much per second, however busy clients are. Default 8 MiB.
+    #[serde(default = "VolumeConfig::default_resync_rate_min")]
+    pub resync_rate_min: ByteSize,
     /// As written in the file; `VolumeConfig::journal_size` gives the default too.
     #[serde(default)]
     journal_size: Option<ByteSize>,
@@ -225,6 +228,10 @@ impl VolumeConfig {
 
     fn default_freeze_ms() -> u64 {
         60_000
+    }
+
+    fn default_resync_rate_min() -> ByteSize {
+        ByteSize::mib(8)
     }
 
     fn default_lease_ms() -> u64 {

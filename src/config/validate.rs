@@ -76,6 +76,7 @@ fn validate_volume(volume: &VolumeConfig) -> Result<(), InvalidValue> {
     number("lag_ms_max", volume.lag_ms_max, 100, 3_600_000)?;
     number("freeze_ms", volume.freeze_ms, 0, 86_400_000)?;
     number("lease_ms", volume.lease_ms, 100, 60_000)?;
+    size("resync_rate_min", volume.resync_rate_min, ByteSize::kib(64), ByteSize::gib(64))?;
     let journal = volume.journal_size();
     // The lag is at most 64 GiB here, so doubling it cannot overflow.
     let journal_min = ByteSize::from_bytes(lag.bytes() * 2);

@@ -196,7 +196,8 @@ async fn format(target: &Target<'_>, uuid: VolumeUuid, view: &View) -> Result<()
         ReplicaPlace::Agent(address) => {
             let (volume, replica) = (name(&volume.name), target.name.clone());
             let view = view.clone();
-            let format = ToAgent::Format(Format { volume, replica, uuid, size_bytes, journal_bytes, view });
+            let format =
+                ToAgent::Format(Format { volume, replica, uuid, size_bytes, journal_bytes, view, syncing: false });
             match ask(target, address, format, FORMAT_MAX).await? {
                 ToEngine::Formatted => Ok(()),
                 ToEngine::Refused(refused) => Err(target.refused(address, refused.text)),

@@ -62,6 +62,7 @@ fn replica_status(peer: &PeerSnapshot, address: &str) -> ReplicaStatus {
         address: address.to_owned(),
         state: match peer.state {
             PeerState::Member => ReplicaState::Member,
+            PeerState::Syncing => ReplicaState::Syncing,
             PeerState::Dropped => ReplicaState::Dropped,
             PeerState::Offline => ReplicaState::Offline,
             PeerState::Failed => ReplicaState::Failed,

@@ -19,8 +19,8 @@ use super::link::AgentLink;
 use crate::config::{OnLag, ReadPolicy, ReplicaPlace, VolumeConfig};
 use crate::nbd::{Backend, Completion, ExportInfo, IoError, Request as NbdRequest};
 use crate::volume::{
-    Event, Failure, Notice, PeerId, ReadSpread, Request, StartRefusal, Time, Volume, VolumeSettings, VolumeSnapshot,
-    Zeroing,
+    Event, Failure, Notice, PeerId, ReadSpread, Request, Severity, StartRefusal, Time, Volume, VolumeSettings,
+    VolumeSnapshot, Zeroing,
 };
 
 const TICK: Duration = Duration::from_millis(5);
@@ -99,6 +99,7 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
         freeze: config.freeze(),
         lease: config.lease(),
         start_timeout: START_TIMEOUT_MIN.max(config.lease() * 2),
+        resync_rate_min: config.resync_rate_min.bytes(),
         take_over,
         engine: *uuid::Uuid::new_v4().as_bytes(),
     }
@@ -224,6 +225,8 @@ impl VolumeTask {
                 info!("volume {}: serving", self.name());
                 self.outcome.send_replace(Outcome::Serving);
             }
+            Event::StartBlocked(refusal) => error!("volume {}: {refusal}", self.name()),
+            Event::Removed(_) => {}
             Event::StartRefused(refusal) => {
                 self.outcome.send_replace(Outcome::Refused(refusal));
             }
@@ -255,43 +258,11 @@ impl VolumeTask {
 
     fn log_notice(&self, notice: &Notice) {
         let volume = self.name();
-        match notice {
-            Notice::ViewInForce { view, seq } => info!("volume {volume}: the view is {view} since record {seq}"),
-            Notice::Dropping { replica, reason } => {
-                warn!(
-                    "volume {volume}, replica {replica}: leaves the view and stays out: {} (README: restoring redundancy)",
-                    drop_reason(*reason)
-                );
-            }
-            Notice::Replaying { replica, source, records } => {
-                info!("volume {volume}, replica {replica}: gets {records} missing records from {source}");
-            }
-            Notice::LostData { replica, acknowledged, found } => error!(
-                "volume {volume}, replica {replica}: had acknowledged record {acknowledged} and came back at {found}: \
-                 its disk lost data or it belongs to another history"
-            ),
-            Notice::Waiting { replica, reason } => info!("volume {volume}: waiting for replica {replica}: {reason}"),
-            Notice::Lost { replica, reason } => {
-                warn!(
-                    "volume {volume}, replica {replica}: out of reach: {reason}; its queue is kept up to the lag limits"
-                );
-            }
-            Notice::Back { replica, records } => {
-                info!("volume {volume}, replica {replica}: back, {records} records behind");
-            }
-            Notice::Frozen(true) => error!(
-                "volume {volume}: frozen, too few members are in reach; I/O waits, and fails after {:?}",
-                self.settings.freeze
-            ),
-            Notice::Frozen(false) => info!("volume {volume}: enough members are in reach again"),
-            Notice::ReadFailed { replica, offset: Some(offset) } => {
-                error!("volume {volume}, replica {replica}: the block at byte {offset} does not match its checksum");
-            }
-            Notice::ReadFailed { replica, offset: None } => error!("volume {volume}, replica {replica}: a read failed"),
-            Notice::Space { replica, full: true } => {
-                error!("volume {volume}, replica {replica}: its disk is full; make room on it");
-            }
-            Notice::Space { replica, full: false } => info!("volume {volume}, replica {replica}: has room again"),
+        let replica = notice.replica().map_or_else(String::new, |replica| format!(", replica {replica}"));
+        match notice.severity() {
+            Severity::Info => info!("volume {volume}{replica}: {notice}"),
+            Severity::Warning => warn!("volume {volume}{replica}: {notice}"),
+            Severity::Error => error!("volume {volume}{replica}: {notice}"),
         }
     }
 
@@ -372,7 +343,7 @@ impl VolumeTask {
 
     /// Takes no more requests, waits until members have caught up or `deadline`, and takes leave of them.
     pub(super) async fn stop(&self, deadline: tokio::time::Instant) {
-        self.drive(|volume, _| volume.stop());
+        self.drive(|volume, now| volume.stop(now));
         while !self.lock().is_quiet() && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(TICK).await;
         }
@@ -401,18 +372,6 @@ impl VolumeTask {
             ticking.abort();
         }
         clean
-    }
-}
-
-fn drop_reason(reason: crate::volume::DropReason) -> &'static str {
-    use crate::volume::DropReason;
-    match reason {
-        DropReason::LagBytes => "it is behind by more than lag_bytes_max",
-        DropReason::LagTime => "it is behind or unreachable for longer than lag_ms_max",
-        DropReason::NoSpace => "its disk is full",
-        DropReason::Poisoned => "a durable write failed there",
-        DropReason::LostData => "it lost data that it had acknowledged",
-        DropReason::Absent => "it took no part in the start of the engine",
     }
 }
 

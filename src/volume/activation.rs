@@ -795,6 +795,4 @@ impl<T> Volume<T> {
         };
         self.block_start(now, refusal);
     }
-
-
 }

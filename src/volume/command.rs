@@ -79,7 +79,9 @@ pub enum CommandRefusal {
     #[error("another change of the view is not in force yet")]
     Busy,
     /// The size is not possible.
-    #[error("the size {size_bytes} is not possible: volumes only grow, by whole blocks of {BLOCK_BYTES} bytes; it has {now_bytes}")]
+    #[error(
+        "the size {size_bytes} is not possible: volumes only grow, by whole blocks of {BLOCK_BYTES} bytes; it has {now_bytes}"
+    )]
     Size {
         /// The size asked for, bytes.
         size_bytes: u64,
@@ -147,7 +149,7 @@ impl<T> Volume<T> {
         if self.peers.iter().filter(|p| p.role != Role::Gone).count() >= REPLICAS_MAX {
             return Err(CommandRefusal::TooMany);
         }
-        let peer = Peer { role: Role::Dropped, ..Peer::new(replica, now) };
+        let peer = Peer::in_role(replica, Role::Dropped, now);
         match self.peers.iter().position(|p| p.role == Role::Gone) {
             Some(id) => {
                 self.peers[id] = peer;
@@ -201,8 +203,7 @@ impl<T> Volume<T> {
             if self.tracked.remove(&subject).is_some() {
                 self.append_dirty(now, subject.clone(), DirtyStep::Forget);
             }
-            let gone = Peer { role: Role::Gone, ..Peer::new(subject.clone(), now) };
-            self.peers[id] = gone;
+            self.peers[id] = Peer::in_role(subject.clone(), Role::Gone, now);
             self.events.push_back(Event::Removed(id));
             self.notice(Notice::Removed { replica: subject });
         }

@@ -278,7 +278,8 @@ mod tests {
     const UNIT: u64 = 64 * 1024;
 
     fn dirty(from: u64, next: u64, ranges: &[(u64, u64)]) -> Dirty {
-        let ranges: Vec<ByteRange> = ranges.iter().map(|(offset, length)| ByteRange { offset: *offset, length: *length }).collect();
+        let ranges: Vec<ByteRange> =
+            ranges.iter().map(|(offset, length)| ByteRange { offset: *offset, length: *length }).collect();
         let remaining_bytes = ranges.iter().map(|r| r.length).sum();
         Dirty { subject: "c".parse().unwrap(), from, next, ranges, remaining_bytes }
     }

@@ -5,9 +5,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use protocol::message::EngineId;
 use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, Epoch, Position, ReplicaName, Seq, View};
+use protocol::{AckPolicy, Epoch, ReplicaName};
 
-use super::{PeerId, StartRefusal};
+use super::{Notice, PeerId, StartRefusal};
 
 /// What a volume is told when it starts.
 #[derive(Clone, Debug)]
@@ -128,136 +128,4 @@ pub enum Event<T> {
     Removed(PeerId),
     /// Something that people should know.
     Notice(Notice),
-}
-
-/// Something that people should know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// A view came into force.
-    ViewInForce {
-        /// The view.
-        view: View,
-        /// Its record.
-        seq: Seq,
-    },
-    /// A replica is being dropped.
-    Dropping {
-        /// Which.
-        replica: ReplicaName,
-        /// Why.
-        reason: DropReason,
-    },
-    /// Records are being copied to a replica that is behind, at activation.
-    Replaying {
-        /// Which.
-        replica: ReplicaName,
-        /// From whose journal.
-        source: ReplicaName,
-        /// How many.
-        records: u64,
-    },
-    /// A replica returned with less than it had acknowledged.
-    LostData {
-        /// Which.
-        replica: ReplicaName,
-        /// What it had acknowledged.
-        acknowledged: Seq,
-        /// What it has.
-        found: Position,
-    },
-    /// A replica had a bad block or an error for a read.
-    ReadFailed {
-        /// Which.
-        replica: ReplicaName,
-        /// First byte of the bad block, if it is known.
-        offset: Option<u64>,
-    },
-    /// A replica cannot be had while the volume starts; it is tried again.
-    Waiting {
-        /// Which.
-        replica: ReplicaName,
-        /// Why.
-        reason: String,
-    },
-    /// The connection to a member is gone.
-    Lost {
-        /// Which.
-        replica: ReplicaName,
-        /// Why.
-        reason: String,
-    },
-    /// A member is back and gets what it lacks.
-    Back {
-        /// Which.
-        replica: ReplicaName,
-        /// How much that is.
-        records: u64,
-    },
-    /// A replica out of the view is being copied to.
-    Resyncing {
-        /// Which.
-        replica: ReplicaName,
-    },
-    /// A replica that was being copied to is out of the view as before.
-    ResyncEnded {
-        /// Which.
-        replica: ReplicaName,
-        /// Why.
-        reason: String,
-    },
-    /// A replica is no part of the volume any more.
-    Removed {
-        /// Which.
-        replica: ReplicaName,
-    },
-    /// Replicas were given up by an operator; what only they held is lost.
-    GivenUp {
-        /// Which.
-        replicas: Vec<ReplicaName>,
-    },
-    /// The volume has another size than the configuration says.
-    SizeDiffers {
-        /// The volume's size, bytes.
-        size_bytes: u64,
-    },
-    /// The volume has a new size.
-    Resized {
-        /// The size, bytes.
-        size_bytes: u64,
-    },
-    /// The volume cannot have the size asked for.
-    ResizeFailed {
-        /// The size asked for, bytes.
-        size_bytes: u64,
-        /// Why.
-        reason: String,
-    },
-    /// Too few members are in reach to acknowledge anything, or enough again.
-    Frozen(bool),
-    /// The disk of a replica is full, or no longer.
-    Space {
-        /// Which.
-        replica: ReplicaName,
-        /// Whether it is full.
-        full: bool,
-    },
-}
-
-/// Why a replica is dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DropReason {
-    /// It lacks more bytes than `lag_bytes_max`.
-    LagBytes,
-    /// It lacks a record, or is unreachable, for longer than `lag_ms_max`.
-    LagTime,
-    /// Its disk is full while another's is not.
-    NoSpace,
-    /// Its durable writes fail.
-    Poisoned,
-    /// It returned with less than it had acknowledged, or with another history.
-    LostData,
-    /// It did not take part in activation.
-    Absent,
-    /// An operator removes it, or has all of it copied anew.
-    Operator,
 }

@@ -121,7 +121,7 @@ impl<T> Volume<T> {
     }
 
     /// Whether a member other than `peer` could carry on: connected, healthy, and holding everything up to `seq`.
-    fn another_holds(&self, peer: PeerId, seq: Seq) -> bool {
+    pub(super) fn another_holds(&self, peer: PeerId, seq: Seq) -> bool {
         self.peers
             .iter()
             .enumerate()

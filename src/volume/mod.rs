@@ -24,6 +24,7 @@ mod dispatch;
 mod interface;
 mod log;
 mod membership;
+mod notice;
 mod peer;
 mod rate;
 mod reads;
@@ -46,17 +47,18 @@ use protocol::{
 use acks::Acks;
 use activation::Activation;
 pub use activation::{MissingReplica, StartRefusal};
-pub use command::{Command, CommandRefusal};
 use command::Resizing;
-pub use interface::{DropReason, Event, Failure, Notice, ReadSpread, Request, VolumeSettings, Zeroing};
+pub use command::{Command, CommandRefusal};
+pub use interface::{Event, Failure, ReadSpread, Request, VolumeSettings, Zeroing};
 use log::Log;
 use membership::Membership;
-use survey::{Survey, Surveyed};
+pub use notice::{DropReason, Notice, Severity};
 use peer::{Link, Peer, Role};
 use reads::Reads;
 use resync::Resync;
 pub use resync::ResyncSnapshot;
 pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};
+use survey::Survey;
 
 /// Time since a fixed moment of the process.
 pub type Time = Duration;
@@ -496,6 +498,7 @@ impl<T> Volume<T> {
             self.release_reads(now);
             self.advance_survey();
             self.enforce_limits(now);
+            self.finish_removals(now);
             self.advance_resync(now);
             self.advance_resizing(now);
             self.trim(now);

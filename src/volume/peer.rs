@@ -168,6 +168,10 @@ impl Peer {
         }
     }
 
+    pub(super) fn in_role(name: ReplicaName, role: Role, now: Time) -> Peer {
+        Peer { role, ..Peer::new(name, now) }
+    }
+
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.link, Link::Ready)
     }

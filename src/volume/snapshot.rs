@@ -139,7 +139,8 @@ impl<T> Volume<T> {
         let follows = matches!(peer.role, Role::Member | Role::Syncing | Role::Joining);
         let log = self.log.as_ref().filter(|_| follows);
         let waiting = log.and_then(|l| l.queued_at(peer.durable.next()));
-        let durable = if follows { peer.durable } else { self.tracked.get(&peer.name).copied().unwrap_or(peer.durable) };
+        let durable =
+            if follows { peer.durable } else { self.tracked.get(&peer.name).copied().unwrap_or(peer.durable) };
         let is_well = matches!(state, PeerState::Member);
         PeerSnapshot {
             name: peer.name.clone(),

@@ -1,0 +1,259 @@
+//! What people should know of a volume: each notice with its words and how serious it is. No behaviour.
+
+use std::fmt;
+
+use protocol::{Position, ReplicaName, Seq, View};
+
+/// Something that people should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A view came into force.
+    ViewInForce {
+        /// The view.
+        view: View,
+        /// Its record.
+        seq: Seq,
+    },
+    /// A replica is being dropped.
+    Dropping {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: DropReason,
+    },
+    /// Records are being copied to a replica that is behind, at activation.
+    Replaying {
+        /// Which.
+        replica: ReplicaName,
+        /// From whose journal.
+        source: ReplicaName,
+        /// How many.
+        records: u64,
+    },
+    /// A replica returned with less than it had acknowledged.
+    LostData {
+        /// Which.
+        replica: ReplicaName,
+        /// What it had acknowledged.
+        acknowledged: Seq,
+        /// What it has.
+        found: Position,
+    },
+    /// A replica had a bad block or an error for a read.
+    ReadFailed {
+        /// Which.
+        replica: ReplicaName,
+        /// First byte of the bad block, if it is known.
+        offset: Option<u64>,
+    },
+    /// A replica cannot be had while the volume starts; it is tried again.
+    Waiting {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
+    /// The connection to a member is gone.
+    Lost {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
+    /// A member is back and gets what it lacks.
+    Back {
+        /// Which.
+        replica: ReplicaName,
+        /// How much that is.
+        records: u64,
+    },
+    /// A replica out of the view is being copied to.
+    Resyncing {
+        /// Which.
+        replica: ReplicaName,
+    },
+    /// A replica that was being copied to is out of the view as before.
+    ResyncEnded {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
+    /// A replica is no part of the volume any more.
+    Removed {
+        /// Which.
+        replica: ReplicaName,
+    },
+    /// Replicas were given up by an operator; what only they held is lost.
+    GivenUp {
+        /// Which.
+        replicas: Vec<ReplicaName>,
+    },
+    /// The volume has another size than the configuration says.
+    SizeDiffers {
+        /// The volume's size, bytes.
+        size_bytes: u64,
+    },
+    /// The volume has a new size.
+    Resized {
+        /// The size, bytes.
+        size_bytes: u64,
+    },
+    /// The volume cannot have the size asked for.
+    ResizeFailed {
+        /// The size asked for, bytes.
+        size_bytes: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Too few members are in reach to acknowledge anything, or enough again.
+    Frozen(bool),
+    /// The disk of a replica is full, or no longer.
+    Space {
+        /// Which.
+        replica: ReplicaName,
+        /// Whether it is full.
+        full: bool,
+    },
+}
+
+/// Why a replica is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// It lacks more bytes than `lag_bytes_max`.
+    LagBytes,
+    /// It lacks a record, or is unreachable, for longer than `lag_ms_max`.
+    LagTime,
+    /// Its disk is full while another's is not.
+    NoSpace,
+    /// Its durable writes fail.
+    Poisoned,
+    /// It returned with less than it had acknowledged, or with another history.
+    LostData,
+    /// It did not take part in activation.
+    Absent,
+    /// An operator removes it, or has all of it copied anew.
+    Operator,
+}
+
+/// How serious a notice is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// As it should be.
+    Info,
+    /// Worth a look.
+    Warning,
+    /// Something is lost or stands still until somebody acts.
+    Error,
+}
+
+impl fmt::Display for DropReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DropReason::LagBytes => "it is behind by more than lag_bytes_max",
+            DropReason::LagTime => "it is behind or unreachable for longer than lag_ms_max",
+            DropReason::NoSpace => "its disk is full",
+            DropReason::Poisoned => "a durable write failed there",
+            DropReason::LostData => "it lost data that it had acknowledged",
+            DropReason::Absent => "it took no part in the start of the engine",
+            DropReason::Operator => "an operator asked for it",
+        })
+    }
+}
+
+impl Notice {
+    /// How serious it is.
+    #[must_use]
+    pub fn severity(&self) -> Severity {
+        match self {
+            Notice::ViewInForce { .. }
+            | Notice::Replaying { .. }
+            | Notice::Waiting { .. }
+            | Notice::Back { .. }
+            | Notice::Resyncing { .. }
+            | Notice::Removed { .. }
+            | Notice::Resized { .. }
+            | Notice::Frozen(false)
+            | Notice::Space { full: false, .. } => Severity::Info,
+            Notice::Dropping { .. }
+            | Notice::Lost { .. }
+            | Notice::ResyncEnded { .. }
+            | Notice::SizeDiffers { .. }
+            | Notice::ResizeFailed { .. } => Severity::Warning,
+            Notice::LostData { .. }
+            | Notice::ReadFailed { .. }
+            | Notice::GivenUp { .. }
+            | Notice::Frozen(true)
+            | Notice::Space { full: true, .. } => Severity::Error,
+        }
+    }
+
+    /// The replica that it is about.
+    #[must_use]
+    pub fn replica(&self) -> Option<&ReplicaName> {
+        match self {
+            Notice::Dropping { replica, .. }
+            | Notice::Replaying { replica, .. }
+            | Notice::LostData { replica, .. }
+            | Notice::ReadFailed { replica, .. }
+            | Notice::Waiting { replica, .. }
+            | Notice::Lost { replica, .. }
+            | Notice::Back { replica, .. }
+            | Notice::Resyncing { replica }
+            | Notice::ResyncEnded { replica, .. }
+            | Notice::Removed { replica }
+            | Notice::Space { replica, .. } => Some(replica),
+            Notice::ViewInForce { .. }
+            | Notice::GivenUp { .. }
+            | Notice::SizeDiffers { .. }
+            | Notice::Resized { .. }
+            | Notice::ResizeFailed { .. }
+            | Notice::Frozen(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Notice::ViewInForce { view, seq } => write!(f, "the view is {view} since record {seq}"),
+            Notice::Dropping { reason, .. } => write!(f, "leaves the view: {reason}"),
+            Notice::Replaying { source, records, .. } => write!(f, "gets {records} missing records from {source}"),
+            Notice::LostData { acknowledged, found, .. } => write!(
+                f,
+                "had acknowledged record {acknowledged} and came back at {found}: its disk lost data or it belongs to \
+                 another history; all of it is copied anew"
+            ),
+            Notice::ReadFailed { offset: Some(offset), .. } => {
+                write!(f, "the block at byte {offset} does not match its checksum")
+            }
+            Notice::ReadFailed { offset: None, .. } => f.write_str("a read failed"),
+            Notice::Waiting { reason, .. } => write!(f, "waited for: {reason}"),
+            Notice::Lost { reason, .. } => {
+                write!(f, "out of reach: {reason}; its queue is kept up to the lag limits")
+            }
+            Notice::Back { records, .. } => write!(f, "back, {records} records behind"),
+            Notice::Resyncing { .. } => f.write_str("follows again; what it lacks is copied"),
+            Notice::ResyncEnded { reason, .. } => write!(f, "resync interrupted: {reason}; it is tried again"),
+            Notice::Removed { .. } => f.write_str("removed from the volume"),
+            Notice::GivenUp { replicas } => {
+                let names: Vec<&str> = replicas.iter().map(ReplicaName::as_str).collect();
+                write!(f, "started without {}, as an operator asked: what only they held is lost", names.join(", "))
+            }
+            Notice::SizeDiffers { size_bytes } => write!(
+                f,
+                "the volume has {size_bytes} bytes, the configuration says less; set its `size` to the size it has"
+            ),
+            Notice::Resized { size_bytes } => write!(f, "the volume has {size_bytes} bytes now"),
+            Notice::ResizeFailed { size_bytes, reason } => {
+                write!(f, "the volume cannot have {size_bytes} bytes: {reason}")
+            }
+            Notice::Frozen(true) => {
+                f.write_str("frozen, too few members are in reach; I/O waits, and fails after freeze_ms")
+            }
+            Notice::Frozen(false) => f.write_str("enough members are in reach again"),
+            Notice::Space { full: true, .. } => f.write_str("its disk is full; make room on it"),
+            Notice::Space { full: false, .. } => f.write_str("has room again"),
+        }
+    }
+}
