@@ -431,8 +431,10 @@ impl<T> Volume<T> {
         }
     }
 
-    /// Another engine holds a higher promise.
+    /// Another engine holds a higher promise. It came later: from here on this one waits for it, or two that both take over
+    /// would go on outbidding each other.
     pub(super) fn outbid(&mut self, now: Time, promised: Epoch) {
+        self.settings.take_over = false;
         if let Some(activation) = self.activation() {
             activation.highest_promised = activation.highest_promised.max(promised);
         }

@@ -380,12 +380,12 @@ impl<T> Volume<T> {
     }
 
     fn list_dirty(&mut self, now: Time) {
-        let sources = self.sources();
         let Some(resync) = &mut self.resync else { return };
         let subject = self.peers[resync.peer].name.clone();
         let Some(copying) = resync.copying() else { return };
         copying.take_list(now, LIST_PATIENCE);
         let Some((from, source)) = copying.to_list() else { return };
+        let sources = self.sources();
         let asked: Vec<PeerId> = match source.filter(|s| sources.contains(s)) {
             Some(source) => vec![source],
             None => sources,
@@ -396,7 +396,9 @@ impl<T> Volume<T> {
         for id in &asked {
             self.peers[*id].push_urgent(ToAgent::ListDirty { subject: subject.clone(), from });
         }
-        copying.listing(asked, now);
+        if let Some(copying) = self.resync.as_mut().and_then(Resync::copying) {
+            copying.listing(asked, now);
+        }
     }
 
     pub(super) fn on_dirty(&mut self, now: Time, peer: PeerId, dirty: Dirty) {

@@ -75,6 +75,7 @@ fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
         freeze: setup.freeze,
         lease: setup.lease,
         start_timeout: ms(20_000),
+        resync_rate_min: setup.resync_rate_min,
         take_over,
         engine: [engine as u8 + 1; 16],
     }
@@ -104,7 +105,7 @@ impl World {
         index
     }
 
-    fn engine_now(&self, index: usize) -> Time {
+    pub fn engine_now(&self, index: usize) -> Time {
         self.now - self.engines[index].started
     }
 
@@ -182,6 +183,9 @@ impl World {
 
     /// No place of an epoch is ever given out twice.
     fn note_record(&mut self, message: &ToAgent) {
+        if let ToAgent::Copy(copy) = message {
+            self.copied_bytes += copy.range.length;
+        }
         let ToAgent::Append(record) = message else { return };
         let position = record.header.position();
         let known = self.records.entry((position.epoch.0, position.seq.0)).or_insert_with(|| record.clone());
@@ -202,6 +206,15 @@ impl World {
                 self.trace(|| format!("e{engine} does not start: {refusal}"));
                 self.refusals.push(refusal);
                 self.kill_engine(engine);
+            }
+            Event::StartBlocked(refusal) => {
+                self.trace(|| format!("e{engine} waits: {refusal}"));
+                self.refusals.push(refusal);
+            }
+            Event::Removed(peer) => {
+                if let Some(conn) = self.engines[engine].conns[peer].take() {
+                    self.close_from_engine(conn);
+                }
             }
             Event::Fenced { promised, replica } => {
                 self.trace(|| format!("e{engine} is fenced by {promised} at {replica}"));
@@ -256,8 +269,10 @@ impl World {
 
     /// Asks the engine to stop in good order.
     pub fn stop_engine(&mut self, engine: usize) {
-        self.engines[engine].volume.stop();
+        let now = self.engine_now(engine);
+        self.engines[engine].volume.stop(now);
         self.engines[engine].stopping = true;
+        self.pump_engine(engine);
         self.after(ms(200), Happening::Goodbye { engine });
     }
 

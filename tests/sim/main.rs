@@ -12,7 +12,9 @@ mod disk;
 mod engine;
 mod net;
 mod oracle;
+mod resync;
 mod rng;
+mod scenario;
 mod stories;
 mod wild;
 mod world;
@@ -57,7 +59,7 @@ fn random_faults_lose_nothing_and_heal() {
         return;
     }
     let count = number("NBDCAST_SIM_SEEDS").unwrap_or(SEEDS);
-    let (mut served, mut acknowledged, mut reads, mut drops) = (0, 0, 0, 0);
+    let (mut served, mut acknowledged, mut reads, mut drops, mut returns) = (0, 0, 0, 0, 0);
     let first = number("NBDCAST_SIM_FIRST_SEED").unwrap_or(FIRST_SEED);
     for seed in first..first + count {
         match catch_unwind(AssertUnwindSafe(|| wild::run(seed))) {
@@ -66,13 +68,14 @@ fn random_faults_lose_nothing_and_heal() {
                 acknowledged += world.oracle.acknowledged;
                 reads += world.oracle.answered_reads;
                 drops += wild::drops(&world);
+                returns += wild::returns(&world);
             }
             Err(_) => report(seed),
         }
     }
-    println!("{count} seeds: {served} activations, {acknowledged} writes, {reads} reads, {drops} drops");
+    println!("{count} seeds: {served} activations, {acknowledged} writes, {reads} reads, {drops} drops, {returns} returns");
     // A simulation in which nothing happens proves nothing.
-    assert!(served as u64 > count && acknowledged > count * 20 && reads > count * 10);
+    assert!(served as u64 > count && acknowledged > count * 20 && reads > count * 10 && returns as u64 > count / 4);
 }
 
 #[test]

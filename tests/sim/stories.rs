@@ -1,67 +1,13 @@
 //! Single faults, told as stories.
 
-use bytes::Bytes;
-use nbdcast::volume::{DropReason, Failure, Notice, StartRefusal};
+use nbdcast::volume::{DropReason, Failure, StartRefusal};
 use protocol::{AckPolicy, Epoch, Seq};
 
 use crate::check;
 use crate::oracle::{Token, payload};
+use crate::scenario::{LONG, serving};
 use crate::wild::setup;
-use crate::world::{Setup, World, ms};
-
-const LONG: std::time::Duration = ms(20_000);
-
-/// A world with an engine that serves.
-fn serving(setup: Setup) -> World {
-    let mut world = World::new(setup);
-    let engine = world.start_engine(false);
-    assert!(world.run_until(LONG, |w| w.engines[engine].is_serving()));
-    world
-}
-
-impl World {
-    fn answer(&self, engine: usize, token: Token) -> Option<&Result<Bytes, Failure>> {
-        self.engines[engine].answers.get(&token)
-    }
-
-    /// Waits until the request ends well.
-    fn done(&mut self, engine: usize, token: Token) -> Bytes {
-        assert!(self.run_until(LONG, |w| w.answer(engine, token).is_some()), "request {token} is not answered");
-        self.answer(engine, token).unwrap().clone().expect("the request succeeds")
-    }
-
-    fn read_now(&mut self, engine: usize, first: usize, count: usize) -> Bytes {
-        let token = self.read(engine, first, count);
-        self.done(engine, token)
-    }
-
-    fn durable(&self, agent: usize) -> Seq {
-        self.agents[agent].replica().durable().seq
-    }
-
-    fn view(&self, engine: usize) -> String {
-        let view = self.engines[engine].volume.snapshot(self.now).view;
-        view.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
-    }
-
-    fn dropped_for(&self, reason: DropReason) -> bool {
-        self.notices.iter().any(|n| matches!(n, Notice::Dropping { reason: found, .. } if *found == reason))
-    }
-
-    /// A new engine that serves, after the one before is gone.
-    fn next_engine(&mut self) -> usize {
-        let engine = self.start_engine(true);
-        assert!(self.run_until(LONG, |w| w.engines[engine].is_serving()), "it serves: {:?}", self.refusals);
-        engine
-    }
-
-    /// Everything settles, and every disk holds what it should.
-    fn settle_and_compare(&mut self) {
-        let engine = self.engines.len() - 1;
-        assert!(self.run_until(LONG, |w| w.engines[engine].is_idle() && check::is_quiet(w, engine)));
-        check::images(self);
-    }
-}
+use crate::world::{Setup, ms};
 
 #[test]
 fn a_stalled_member_is_dropped_at_the_lag_limit_and_writes_go_on() {
@@ -79,7 +25,7 @@ fn a_stalled_member_is_dropped_at_the_lag_limit_and_writes_go_on() {
     assert!(w.dropped_for(DropReason::LagBytes));
     assert!(w.durable(2) < w.durable(0));
     w.agents[2].stalled_until = w.now;
-    w.run_for(ms(60_000));
+    w.everyone_is_back(0);
     w.settle_and_compare();
 }
 
@@ -143,7 +89,8 @@ fn an_engine_that_may_lack_acknowledged_writes_does_not_start_and_says_who_is_mi
     w.kill_engine(0);
     let e = w.start_engine(true);
     w.run_for(ms(25_000));
-    assert!(!w.engines[e].alive);
+    assert!(!w.engines[e].is_serving());
+    w.kill_engine(e);
     let Some(StartRefusal::Missing { missing, needed: 3, .. }) = w.refusals.last() else { panic!("{:?}", w.refusals) };
     assert_eq!(missing[0].replica.as_str(), "c");
     w.start_agent(2);
@@ -164,8 +111,9 @@ fn a_changed_ack_policy_does_not_let_an_engine_start_without_what_the_one_before
     (w.setup.ack_write, w.setup.ack_flush) = (AckPolicy::Majority, AckPolicy::Majority);
     let e = w.start_engine(true);
     w.run_for(ms(25_000));
-    assert!(!w.engines[e].alive, "two of three would do for what a majority acknowledged, but one alone has");
+    assert!(!w.engines[e].is_serving(), "two of three would do for what a majority acknowledged, but one alone has");
     assert!(matches!(w.refusals.last(), Some(StartRefusal::Missing { needed: 3, .. })), "{:?}", w.refusals);
+    w.kill_engine(e);
     w.start_agent(2);
     let e = w.next_engine();
     assert_eq!(w.read_now(e, 0, 8), payload(token, 0, 8));
@@ -249,6 +197,7 @@ fn a_replica_whose_durable_write_fails_leaves_and_never_tries_again() {
     assert_eq!((w.durable(1), w.agents[1].replica().counters().groups), (durable, groups));
     w.kill_agent(1, false);
     w.start_agent(1);
+    w.everyone_is_back(0);
     w.settle_and_compare();
 }
 

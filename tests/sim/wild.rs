@@ -20,7 +20,7 @@ pub fn setup(seed: u64) -> Setup {
     Setup {
         seed,
         replicas,
-        size_bytes: rng.pick(&[64 << 10, 128 << 10, 256 << 10]),
+        size_bytes: rng.pick(&[64 << 10, 256 << 10, 1 << 20, 2 << 20]),
         journal_bytes,
         ack_write,
         ack_flush,
@@ -32,6 +32,7 @@ pub fn setup(seed: u64) -> Setup {
         min_replicas: if rng.percent(20) { 2.min(replicas) } else { 1 },
         freeze: ms(rng.pick(&[500, 2000, 10_000])),
         lease: ms(rng.pick(&[50, 300, 1000])),
+        resync_rate_min: rng.pick(&[1 << 20, 16 << 20]),
         slowest: ms(rng.pick(&[1, 5, 20, 60])),
         whole_blocks: rng.percent(30),
         depth: rng.pick(&[2, 8, 24]),
@@ -102,6 +103,11 @@ fn live(world: &mut World) {
     world.read(engine, 0, sectors);
     let quiet = world.run_until(limit, |w| w.engines[engine].is_idle() && check::is_quiet(w, engine));
     assert!(quiet, "replicas do not catch up though everything is up");
+    // A block that is bad on every member cannot be copied.
+    let everyone = world.agents.len();
+    let back = world.run_until(limit * 4, |w| w.engines[engine].volume.snapshot(w.now).view.len() == everyone);
+    assert!(back || rotten(world), "replicas do not come back into the view though everything is up");
+    assert!(world.run_until(limit, |w| check::is_quiet(w, engine)), "members do not become equal");
 }
 
 fn rotten(world: &World) -> bool {
@@ -182,6 +188,24 @@ impl World {
         self.agents[agent].disk.image.rot(offset as usize);
         self.agents[agent].rotten.push(block);
     }
+}
+
+/// How often a replica was brought back.
+pub fn returns(world: &World) -> usize {
+    let mut resynced = std::collections::BTreeSet::new();
+    let mut count = 0;
+    for notice in &world.notices {
+        match notice {
+            Notice::Resyncing { replica } => _ = resynced.insert(replica.clone()),
+            Notice::ViewInForce { view, .. } => {
+                let before = resynced.len();
+                resynced.retain(|replica| !view.contains(replica));
+                count += before - resynced.len();
+            }
+            _ => {}
+        }
+    }
+    count
 }
 
 /// Whether the oracle and the story of a run mention a drop of a replica.

@@ -59,6 +59,7 @@ pub struct Setup {
     pub min_replicas: usize,
     pub freeze: Duration,
     pub lease: Duration,
+    pub resync_rate_min: u64,
     /// Longest time of a message, a job of a disk.
     pub slowest: Duration,
     /// Clients ask for whole blocks only.
@@ -85,6 +86,7 @@ impl Setup {
             min_replicas: 1,
             freeze: ms(2000),
             lease: ms(300),
+            resync_rate_min: 8 << 20,
             slowest: ms(2),
             whole_blocks: false,
             depth: 0,
@@ -125,6 +127,8 @@ pub struct World {
     pub next_token: u64,
     /// Every record that was ever sent, by epoch and place.
     pub records: BTreeMap<(u64, u64), Record>,
+    /// Bytes that engines sent to syncing replicas.
+    pub copied_bytes: u64,
     pub notices: Vec<Notice>,
     pub refusals: Vec<StartRefusal>,
     /// New engines start by themselves when none is alive, and faults are drawn.
@@ -165,6 +169,7 @@ impl World {
             next_conn: 1,
             next_token: 1,
             records: BTreeMap::new(),
+            copied_bytes: 0,
             notices: Vec::new(),
             refusals: Vec::new(),
             wild: false,

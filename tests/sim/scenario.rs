@@ -1,0 +1,71 @@
+//! What stories are told with: a world with an engine that serves, requests that are waited for, a look at who is where.
+
+use bytes::Bytes;
+use nbdcast::volume::{DropReason, Failure, Notice};
+use protocol::Seq;
+
+use crate::check;
+use crate::oracle::Token;
+use crate::world::{Setup, World, ms};
+
+/// Long enough for anything that happens at all.
+pub const LONG: std::time::Duration = ms(20_000);
+
+/// A world with an engine that serves.
+pub fn serving(setup: Setup) -> World {
+    let mut world = World::new(setup);
+    let engine = world.start_engine(false);
+    assert!(world.run_until(LONG, |w| w.engines[engine].is_serving()));
+    world
+}
+
+impl World {
+    pub fn answer(&self, engine: usize, token: Token) -> Option<&Result<Bytes, Failure>> {
+        self.engines[engine].answers.get(&token)
+    }
+
+    /// Waits until the request ends well.
+    pub fn done(&mut self, engine: usize, token: Token) -> Bytes {
+        assert!(self.run_until(LONG, |w| w.answer(engine, token).is_some()), "request {token} is not answered");
+        self.answer(engine, token).unwrap().clone().expect("the request succeeds")
+    }
+
+    pub fn read_now(&mut self, engine: usize, first: usize, count: usize) -> Bytes {
+        let token = self.read(engine, first, count);
+        self.done(engine, token)
+    }
+
+    pub fn durable(&self, agent: usize) -> Seq {
+        self.agents[agent].replica().durable().seq
+    }
+
+    pub fn view(&self, engine: usize) -> String {
+        let view = self.engines[engine].volume.snapshot(self.now).view;
+        view.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    }
+
+    pub fn dropped_for(&self, reason: DropReason) -> bool {
+        self.notices.iter().any(|n| matches!(n, Notice::Dropping { reason: found, .. } if *found == reason))
+    }
+
+    /// A new engine that serves, after the one before is gone.
+    pub fn next_engine(&mut self) -> usize {
+        let engine = self.start_engine(true);
+        assert!(self.run_until(LONG, |w| w.engines[engine].is_serving()), "it serves: {:?}", self.refusals);
+        engine
+    }
+
+    /// Waits until every replica is a member.
+    pub fn everyone_is_back(&mut self, engine: usize) {
+        let everyone = self.agents.len();
+        let view = |w: &World| w.engines[engine].volume.snapshot(w.now).view.len();
+        assert!(self.run_until(ms(120_000), |w| view(w) == everyone), "only {} are back", self.view(engine));
+    }
+
+    /// Everything settles, and every disk holds what it should.
+    pub fn settle_and_compare(&mut self) {
+        let engine = self.engines.len() - 1;
+        assert!(self.run_until(LONG, |w| w.engines[engine].is_idle() && check::is_quiet(w, engine)));
+        check::images(self);
+    }
+}
