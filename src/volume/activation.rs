@@ -779,7 +779,10 @@ impl<T> Volume<T> {
         }
         let Some(top) = self.top() else {
             let missing = self.peers.iter().filter(|p| p.promised.is_none()).map(|p| missing(&p.name)).collect();
-            return self.refuse_start(StartRefusal::Unknown { missing });
+            let refusal = StartRefusal::Unknown { missing };
+            // Where some answered once, it is worth waiting for them.
+            let had_answers = matches!(&self.phase, Phase::Activating(activation) if activation.is_blocked());
+            return if had_answers { self.block_start(now, refusal) } else { self.refuse_start(refusal) };
         };
         let view = top.views.view.clone();
         let answered = self.answered(&view);

@@ -191,26 +191,26 @@ impl World {
 }
 
 /// How often a replica was brought back.
-pub fn returns(world: &World) -> usize {
+pub fn returns(world: &World) -> u64 {
     let mut resynced = std::collections::BTreeSet::new();
-    let mut count = 0;
+    let mut count: u64 = 0;
     for notice in &world.notices {
         match notice {
             Notice::Resyncing { replica } => _ = resynced.insert(replica.clone()),
             Notice::ViewInForce { view, .. } => {
                 let before = resynced.len();
                 resynced.retain(|replica| !view.contains(replica));
-                count += before - resynced.len();
+                count += (before - resynced.len()) as u64;
             }
-            _ => {}
+            _other => {}
         }
     }
     count
 }
 
 /// Whether the oracle and the story of a run mention a drop of a replica.
-pub fn drops(world: &World) -> usize {
-    world.notices.iter().filter(|n| matches!(n, Notice::Dropping { .. })).count()
+pub fn drops(world: &World) -> u64 {
+    world.notices.iter().filter(|n| matches!(n, Notice::Dropping { .. })).count() as u64
 }
 
 /// The last record of a log with this history up to `seq`.
