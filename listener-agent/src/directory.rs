@@ -5,6 +5,7 @@
 //!             journal      the write-ahead log (see journal)
 //!             image.raw    the volume's bytes; a symbolic link if the replica lives on a block device
 //!             checksums    four bytes per block of the image
+//!             dirty        what replicas out of the view lack (see replica::dirty)
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -13,16 +14,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::ranges::ByteRange;
-use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
+use protocol::record::Resize;
+use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, View, ViewState, VolumeUuid};
 use rustix::fs::{FlockOperation, SeekFrom, flock};
 use rustix::io::Errno;
 
+use crate::dirty_file;
 use crate::disk::file::{Caching, SystemFile};
 use crate::disk::{RawFile, ReplicaFiles};
-use crate::image::{Image, Trust, checksum_file_bytes};
+use crate::image::{Image, SIZE_BYTES_MAX, Trust, checksum_file_bytes};
 use crate::journal::recover::{RecoverError, ScanStart, scan};
 use crate::journal::ring::Ring;
 use crate::journal::{self, HeaderError};
+use crate::replica::dirty::DirtyMaps;
 use crate::replica::note_durable;
 use crate::superblock::{self, Identity, JournalTail, Superblock, SuperblockError};
 
@@ -34,6 +38,8 @@ pub const JOURNAL: &str = "journal";
 pub const IMAGE: &str = "image.raw";
 /// See [`SUPERBLOCK`].
 pub const CHECKSUMS: &str = "checksums";
+/// See [`SUPERBLOCK`].
+pub const DIRTY: &str = "dirty";
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +193,8 @@ pub struct NewReplica {
     pub view: View,
     /// A block device to keep the image on; a file of its own if `None`.
     pub image: Option<PathBuf>,
+    /// Whether it is to be copied to first and cannot stand for the volume until then.
+    pub syncing: bool,
 }
 
 /// A replica that was opened and recovered.
@@ -199,6 +207,8 @@ pub struct OpenReplica {
     pub ring: Ring,
     /// The last record.
     pub durable: Position,
+    /// What replicas out of the view lack, as of that record.
+    pub dirty: DirtyMaps,
 }
 
 /// Whether `dir` holds a replica, pristine or not.
@@ -264,6 +274,7 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     create_image(&dir.join(IMAGE), new)?;
     let checksums = dir.join(CHECKSUMS);
     create_sized(&checksums, checksum_file_bytes(identity.size_bytes))?;
+    create_sized(&dir.join(DIRTY), 0)?;
     create_journal(&dir.join(JOURNAL), identity)?;
     // Made under another name, so that a directory with a superblock holds a whole replica.
     let unfinished = dir.join("superblock.new");
@@ -274,11 +285,12 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     first_superblock(new).write(&file).map_err(at(&unfinished))?;
     file.file().sync_all().map_err(at(&unfinished))?;
     fs::rename(&unfinished, &superblock_path).map_err(at(&superblock_path))?;
-    for directory in [Some(dir), dir.parent()].into_iter().flatten() {
-        let shown = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-        File::open(shown).and_then(|d| d.sync_all()).map_err(at(shown))?;
-    }
-    Ok(())
+    [Some(dir), dir.parent()].into_iter().flatten().try_for_each(sync_directory)
+}
+
+fn sync_directory(directory: &Path) -> Result<(), DirectoryError> {
+    let shown = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    File::open(shown).and_then(|d| d.sync_all()).map_err(at(shown))
 }
 
 /// The superblock of a replica that never served.
@@ -292,13 +304,16 @@ pub fn first_superblock(new: &NewReplica) -> Superblock {
         promised: Epoch(0),
         engine: [0; 16],
         lease_ms: 0,
-        syncing: false,
+        syncing: new.syncing,
         checkpoint: Position::default(),
+        image_bytes: new.identity.size_bytes,
         views: ViewState::initial(new.view.clone()),
         history: EpochHistory::default(),
         acks: None,
         tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
         stable: Seq(0),
+        tracked: Vec::new(),
+        tracked_seq: Seq(0),
     }
 }
 
@@ -357,10 +372,10 @@ pub fn read_superblock(dir: &Path) -> Result<(Superblock, SystemFile), Directory
     Ok((superblock, file))
 }
 
-/// The four files of `dir`, sizes checked. `superblock_file` comes from [`read_superblock`].
+/// The five files of `dir`, sizes checked. `superblock_file` comes from [`read_superblock`].
 pub fn open_files(
     dir: &Path,
-    identity: &Identity,
+    superblock: &Superblock,
     superblock_file: SystemFile,
 ) -> Result<ReplicaFiles, DirectoryError> {
     let open = |name: &str, caching, expected: u64| -> Result<Arc<dyn RawFile>, DirectoryError> {
@@ -372,10 +387,13 @@ pub fn open_files(
         }
         Ok(Arc::new(file))
     };
+    let identity = &superblock.identity;
     let files = ReplicaFiles {
         journal: open(JOURNAL, Caching::Direct, identity.journal_bytes)?,
-        image: open(IMAGE, Caching::Buffered, identity.size_bytes)?,
-        checksums: open(CHECKSUMS, Caching::Buffered, checksum_file_bytes(identity.size_bytes))?,
+        // A resize after the checkpoint may not have reached them: the journal makes them larger.
+        image: open(IMAGE, Caching::Buffered, superblock.image_bytes)?,
+        checksums: open(CHECKSUMS, Caching::Buffered, checksum_file_bytes(superblock.image_bytes))?,
+        dirty: open(DIRTY, Caching::Buffered, 0)?,
         superblock: Arc::new(superblock_file),
     };
     let path = dir.join(JOURNAL);
@@ -386,10 +404,27 @@ pub fn open_files(
 
 /// Opens the replica in `dir`: takes the lock, replays the journal, and writes the superblock of a new generation.
 pub fn open(dir: &Path) -> Result<OpenReplica, DirectoryError> {
-    let (superblock, file) = read_superblock(dir)?;
-    let files = open_files(dir, &superblock.identity, file)?;
+    let (mut superblock, file) = read_superblock(dir)?;
+    restore_dirty_file(dir, &mut superblock, &file)?;
+    let files = open_files(dir, &superblock, file)?;
     refuse_foreign_device(dir, &files, &superblock)?;
     recover(files, superblock).map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })
+}
+
+/// Makes the file of dirty bitmaps anew if it is gone. What it said is not known then: the replicas out of the view are
+/// forgotten first, as one of which nothing is known is given all of the volume.
+fn restore_dirty_file(dir: &Path, superblock: &mut Superblock, file: &SystemFile) -> Result<(), DirectoryError> {
+    let path = dir.join(DIRTY);
+    if path.try_exists().map_err(at(&path))? {
+        return Ok(());
+    }
+    if !superblock.tracked.is_empty() {
+        superblock.tracked.clear();
+        superblock.write_count += 1;
+        superblock.write(file).map_err(at(&dir.join(SUPERBLOCK)))?;
+    }
+    create_sized(&path, 0)?;
+    sync_directory(dir)
 }
 
 /// Blocks looked at to tell whether a device holds the image.
@@ -409,7 +444,7 @@ fn refuse_foreign_device(dir: &Path, files: &ReplicaFiles, superblock: &Superblo
     });
     scanned.map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })?;
     let image = Image::new(files);
-    let size_bytes = superblock.identity.size_bytes;
+    let size_bytes = superblock.image_bytes;
     let stride = (size_bytes / DEVICE_SAMPLES).next_multiple_of(BLOCK_BYTES).max(BLOCK_BYTES);
     let (mut good, mut bad) = (0, 0);
     for start in (0..size_bytes).step_by(stride as usize) {
@@ -434,26 +469,37 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     // here, before anything is said about them.
     files.journal.sync()?;
     let image = Image::new(&files);
+    let mut dirty = dirty_file::load(files.dirty.as_ref(), &superblock)?;
     let checkpoint = superblock.checkpoint;
     let start = ScanStart::of(&superblock);
     let mut durable = checkpoint;
+    let mut image_bytes = superblock.image_bytes;
     let recovered = scan(files.journal.as_ref(), start, &mut |record| {
         durable = record.header.position();
-        note_durable(&mut superblock, &record).map_err(io::Error::other)?;
-        if record.seq() > checkpoint.seq { image.apply(&record, Trust::InDoubt) } else { Ok(()) }
+        note_durable(&mut superblock, &mut dirty, &record).map_err(io::Error::other)?;
+        if record.seq() <= checkpoint.seq {
+            return Ok(());
+        }
+        if record.header.kind != RecordKind::Resize {
+            return image.apply(&record, Trust::InDoubt);
+        }
+        let to = Resize::decode(&record.payload).map_err(io::Error::other)?.size_bytes;
+        image.grow(image_bytes, to)?;
+        image_bytes = image_bytes.max(to);
+        Ok(())
     })?;
     assert!(durable.seq == recovered.last, "the scan counts what it hands over");
     superblock.generation += 1;
     superblock.write_count += 1;
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
-    Ok(OpenReplica { files, superblock, ring: recovered.ring, durable })
+    Ok(OpenReplica { files, superblock, ring: recovered.ring, durable, dirty })
 }
 
 /// Whether a volume or a journal can have this size.
 #[must_use]
 pub fn is_size_allowed(bytes: u64) -> bool {
-    bytes >= BLOCK_BYTES && bytes.is_multiple_of(BLOCK_BYTES)
+    (BLOCK_BYTES..=SIZE_BYTES_MAX).contains(&bytes) && bytes.is_multiple_of(BLOCK_BYTES)
 }
 
 #[cfg(test)]
@@ -469,7 +515,7 @@ mod tests {
             journal_bytes: 1 << 20,
         };
         let view = View::new(vec!["a".parse().unwrap()]).unwrap();
-        NewReplica { identity, view, image: None }
+        NewReplica { identity, view, image: None, syncing: false }
     }
 
     #[test]

@@ -16,12 +16,13 @@ use protocol::message::{Condition, EngineId, ReadOutcome};
 use protocol::{Epoch, Record, ToAgent, ToEngine, View};
 use tracing::{error, info};
 
+use crate::carry_out;
 use crate::directory::{self, DirectoryError};
 use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
-use crate::replica::{ApplyError, FetchJob, GroupJob, MetadataJob, Replica, SessionId, Time};
+use crate::replica::{ExtendJob, FetchJob, GroupJob, JobError, Replica, SessionId, Time};
 use crate::superblock::Identity;
 
 /// Takes messages for an engine. Must not block.
@@ -30,6 +31,8 @@ pub type Sink = Arc<dyn Fn(ToEngine) + Send + Sync>;
 const READER_THREADS: usize = 2;
 /// How often the threads look at the clock when nothing happens.
 const IDLE_LOOK: Duration = Duration::from_millis(250);
+/// How often at most.
+const LOOK_MIN: Duration = Duration::from_millis(5);
 
 struct State {
     replica: Replica,
@@ -82,7 +85,8 @@ impl ReplicaHost {
         let label = format!("volume {} replica {}", identity.volume, identity.replica);
         info!("{label}: opened at position {} in {:?}", opened.durable, begun.elapsed());
         let old_engines_gone = reach == Reach::ThisProcess;
-        let replica = Replica::new(opened.superblock, opened.ring, opened.durable, Time::ZERO, old_engines_gone);
+        let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
+        let replica = Replica::new(superblock, ring, opened.durable, dirty, Time::ZERO, old_engines_gone);
         let state = State { replica, sinks: BTreeMap::new(), next_session: 1, stopping: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -106,7 +110,7 @@ impl ReplicaHost {
             Ok(())
         };
         start("journal", write_journal)?;
-        start("apply", apply_records)?;
+        start("apply", apply_changes)?;
         start("metadata", write_metadata)?;
         for _ in 0..READER_THREADS {
             start("read", serve_reads)?;
@@ -114,7 +118,7 @@ impl ReplicaHost {
         Ok(host)
     }
 
-    /// Who the replica is.
+    /// Who the replica is. The volume may have grown since it was opened.
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -233,10 +237,10 @@ impl Shared {
         if replica.has_apply(now) {
             self.apply_work.notify_one();
         }
-        if replica.has_metadata(now) {
+        if replica.has_metadata(now) || replica.metadata_due_at().is_some() {
             self.metadata_work.notify_one();
         }
-        if replica.has_read() || replica.has_fetch() {
+        if replica.has_read() || replica.has_fetch() || replica.has_extend() {
             self.read_work.notify_one();
         }
         if replica.is_closed() || replica.condition() == Condition::Poisoned {
@@ -263,7 +267,10 @@ impl Shared {
             if state.replica.has_metadata(now) {
                 self.metadata_work.notify_one();
             }
-            state = work.wait_timeout(state, IDLE_LOOK).expect("no thread panicked with the lock").0;
+            let due_in = state.replica.metadata_due_at().map_or(IDLE_LOOK, |due| due.saturating_sub(now));
+            // It may be due and not possible yet: whoever makes it possible says so.
+            let wait = due_in.clamp(LOOK_MIN, IDLE_LOOK);
+            state = work.wait_timeout(state, wait).expect("no thread panicked with the lock").0;
         }
     }
 
@@ -282,13 +289,6 @@ impl Shared {
     fn write_group(&self, job: &GroupJob, buffer: &mut AlignedBuffer) -> io::Result<()> {
         group::encode_into(job.salt, job.generation, &job.records, buffer);
         self.files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())
-    }
-
-    fn write_superblock(&self, job: &MetadataJob) -> io::Result<()> {
-        if job.sync_image {
-            self.image.sync()?;
-        }
-        job.superblock.write(self.files.superblock.as_ref())
     }
 
     fn fetch(&self, job: &FetchJob) -> Vec<Record> {
@@ -316,36 +316,45 @@ fn write_journal(shared: &Shared) {
     }
 }
 
-fn apply_records(shared: &Shared) {
+fn apply_changes(shared: &Shared) {
     while let Some(job) = shared.next_job(&shared.apply_work, Replica::next_apply) {
-        let outcome = job.records.iter().try_for_each(|record| shared.image.apply(record, job.trust));
-        let outcome = match outcome {
-            Err(e) if e.kind() == io::ErrorKind::StorageFull => Err(ApplyError::NoSpace),
-            other => {
-                shared.report("applying to the image", &other);
-                other.map_err(|_| ApplyError::Failed)
-            }
-        };
-        shared.change(|r, now| r.apply_done(now, outcome));
+        let outcome = carry_out::apply(&shared.image, &job);
+        let result = outcome.as_ref().map(|()| ()).map_err(carry_out::job_error);
+        if result == Err(JobError::Failed) {
+            shared.report("applying to the image", &outcome);
+        }
+        shared.change(|r, now| r.apply_done(now, result));
     }
 }
 
 fn write_metadata(shared: &Shared) {
     while let Some(job) = shared.next_job(&shared.metadata_work, Replica::next_metadata) {
-        let outcome = shared.write_superblock(&job);
-        shared.report("taking a checkpoint", &outcome);
-        shared.change(|r, now| r.metadata_done(now, &job, outcome.is_ok()));
+        let outcome = carry_out::write_metadata(&shared.files, &shared.image, &job);
+        let result = match outcome {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                if e.error == JobError::Failed {
+                    shared.report("taking a checkpoint", &Err(e.cause));
+                }
+                Err(e.error)
+            }
+        };
+        shared.change(|r, now| r.metadata_done(now, &job, result));
     }
 }
 
 enum ReadWork {
     Image(crate::replica::ReadJob),
     Journal(FetchJob),
+    Room(ExtendJob),
 }
 
 fn serve_reads(shared: &Shared) {
-    let take =
-        |r: &mut Replica, _: Time| r.next_read().map(ReadWork::Image).or_else(|| r.next_fetch().map(ReadWork::Journal));
+    let take = |r: &mut Replica, _: Time| {
+        let read = r.next_read().map(ReadWork::Image);
+        let fetch = read.or_else(|| r.next_fetch().map(ReadWork::Journal));
+        fetch.or_else(|| r.next_extend().map(ReadWork::Room))
+    };
     while let Some(work) = shared.next_job(&shared.read_work, take) {
         match work {
             ReadWork::Image(job) => {
@@ -358,6 +367,10 @@ fn serve_reads(shared: &Shared) {
             ReadWork::Journal(job) => {
                 let records = shared.fetch(&job);
                 shared.change(|r, _| r.fetch_done(&job, records));
+            }
+            ReadWork::Room(job) => {
+                let outcome = shared.image.extend(job.size_bytes).map_err(|e| e.to_string());
+                shared.change(|r, _| r.extend_done(job, outcome));
             }
         }
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use protocol::checksum::{crc32, stored_block_checksum};
-use protocol::message::ReadOutcome;
+use protocol::message::{Copy, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Record, RecordKind};
 
@@ -26,6 +26,9 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 pub fn checksum_file_bytes(size_bytes: u64) -> u64 {
     size_bytes / BLOCK_BYTES * CHECKSUM_BYTES
 }
+
+/// The largest volume, bytes: what a file can be long, and room to round.
+pub const SIZE_BYTES_MAX: u64 = 1 << 62;
 
 /// Whether blocks can be trusted to match their checksums before they are changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,20 +54,46 @@ impl Image {
         Image { image: files.image.clone(), checksums: files.checksums.clone() }
     }
 
+    /// Makes room for a volume of `size_bytes`, durably. Changes no byte that is there.
+    pub fn extend(&self, size_bytes: u64) -> io::Result<()> {
+        self.image.grow(size_bytes)?;
+        self.checksums.grow(checksum_file_bytes(size_bytes))?;
+        self.sync()
+    }
+
+    /// Makes a volume of `from` bytes one of `to` bytes, the new ones zero: whatever lies there is of another history, or
+    /// of nobody. Doing it again has the same effect.
+    pub fn grow(&self, from: u64, to: u64) -> io::Result<()> {
+        self.image.grow(to)?;
+        self.checksums.grow(checksum_file_bytes(to))?;
+        let length = to.saturating_sub(from);
+        self.image.zero_range(from, length, false)?;
+        self.checksums.zero_range(checksum_file_bytes(from), checksum_file_bytes(length), false)
+    }
+
+    /// Puts bytes that another replica holds: whole blocks, all zero if no data is given.
+    pub fn copy(&self, copy: &Copy) -> io::Result<()> {
+        if copy.data.is_empty() {
+            self.zero(copy.range, false, Trust::InDoubt)
+        } else {
+            self.write(copy.range.offset, &copy.data, Trust::InDoubt)
+        }
+    }
+
     /// Makes everything applied durable.
     pub fn sync(&self) -> io::Result<()> {
         self.image.sync()?;
         self.checksums.sync()
     }
 
-    /// Applies a record. Applying it again has the same effect.
+    /// Applies a record. Applying it again has the same effect. What a resize does is [`Image::grow`].
     pub fn apply(&self, record: &Record, trust: Trust) -> io::Result<()> {
         let header = &record.header;
         match header.kind {
             RecordKind::Write => self.write(header.offset, &record.payload, trust),
             RecordKind::Trim => self.zero(header.range(), false, trust),
             RecordKind::WriteZeroes => self.zero(header.range(), header.no_hole, trust),
-            RecordKind::EpochStart | RecordKind::ViewChange => Ok(()),
+            RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => Ok(()),
         }
     }
 
@@ -252,6 +281,32 @@ mod tests {
             }
             assert_eq!(read(&f, 0, SIZE), model);
         }
+    }
+
+    #[test]
+    fn copies_are_whole_blocks_or_zeroes_and_heal_a_bad_block() {
+        let f = fixture();
+        f.image.apply(&write(0, &[1; 16_384]), Trust::Verified).unwrap();
+        f.image.image.write_at(5000, &[9]).unwrap();
+        let copy = |offset, length, data: &[u8]| {
+            let data = Bytes::copy_from_slice(data);
+            f.image.copy(&Copy { id: 1, range: ByteRange { offset, length }, data }).unwrap();
+        };
+        copy(4096, 4096, &[2; 4096]);
+        copy(8192, 8192, &[]);
+        assert_eq!(read(&f, 4000, 5000), [&[1; 96][..], &[2; 4096], &[0; 808]].concat());
+    }
+
+    #[test]
+    fn what_a_volume_grows_by_is_zero_whatever_lay_there() {
+        let f = fixture();
+        f.image.apply(&write(0, &[1; 3 << 18]), Trust::Verified).unwrap();
+        f.image.grow(SIZE / 2, 2 * SIZE).unwrap();
+        assert_eq!(read(&f, SIZE / 2 - 1, 2), [1, 0][..]);
+        assert!(read(&f, SIZE / 2, SIZE / 2).iter().all(|byte| *byte == 0));
+        assert!(read(&f, SIZE, SIZE).iter().all(|byte| *byte == 0));
+        f.image.extend(SIZE).unwrap();
+        assert_eq!(f.image.image.length().unwrap(), 2 * SIZE);
     }
 
     #[test]

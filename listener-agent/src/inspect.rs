@@ -9,11 +9,13 @@ use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
 use serde::Serialize;
 
-use crate::directory::{self, DirectoryError, JOURNAL};
+use crate::directory::{self, DIRTY, DirectoryError, JOURNAL};
+use crate::dirty_file;
 use crate::disk::ReplicaFiles;
 use crate::image::Image;
 use crate::journal::capacity_bytes;
 use crate::journal::recover::{RecoverError, Recovered, ScanStart, scan};
+use crate::replica::dirty::DirtyCount;
 use crate::replica::note_durable;
 use crate::superblock::Superblock;
 
@@ -65,7 +67,7 @@ pub struct InspectReport {
     pub uuid: String,
     /// The replica's name.
     pub replica: String,
-    /// Size of the volume, bytes.
+    /// Size of the volume as of the last durable record, bytes.
     pub size_bytes: u64,
     /// The last durable record.
     pub position: Position,
@@ -89,6 +91,19 @@ pub struct InspectReport {
     pub checkpoint: Position,
     /// Up to here every member held the order.
     pub stable: Seq,
+    /// The replicas out of the view.
+    pub tracked: Vec<TrackedReport>,
+}
+
+/// What is kept of a replica out of the view.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TrackedReport {
+    /// Its name.
+    pub replica: String,
+    /// It is known to hold everything up to here.
+    pub acknowledged: Seq,
+    /// What would have to be copied to it if it came back now, bytes.
+    pub dirty_bytes: u64,
 }
 
 /// What a journal holds.
@@ -128,7 +143,14 @@ impl fmt::Display for InspectReport {
         writeln!(f, "  unapplied {} records", journal.unapplied_records)?;
         let closed = if self.clean { "yes" } else { "no (the next start replays the journal)" };
         writeln!(f, "clean       {closed}")?;
-        write!(f, "syncing     {}", if self.syncing { "yes" } else { "no" })
+        write!(f, "syncing     {}", if self.syncing { "yes" } else { "no" })?;
+        self.tracked.iter().try_for_each(|tracked| {
+            let TrackedReport { replica, acknowledged, dirty_bytes } = tracked;
+            write!(
+                f,
+                "\nout of view {replica}: {dirty_bytes} bytes to copy, holds everything up to record {acknowledged}"
+            )
+        })
     }
 }
 
@@ -139,7 +161,7 @@ struct Opened {
 
 fn open(dir: &Path) -> Result<Opened, DirectoryError> {
     let (superblock, file) = directory::read_superblock(dir)?;
-    let files = directory::open_files(dir, &superblock.identity, file)?;
+    let files = directory::open_files(dir, &superblock, file)?;
     Ok(Opened { superblock, files })
 }
 
@@ -161,16 +183,19 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
     let checkpoint = superblock.checkpoint;
     let mut journal =
         JournalReport { capacity_bytes: capacity_bytes(superblock.identity.journal_bytes), ..JournalReport::default() };
+    let dirty_file = opened.files.dirty.as_ref();
+    let mut dirty = dirty_file::load(dirty_file, &superblock)
+        .map_err(|cause| InspectError::Image { path: dir.join(DIRTY), cause })?;
     let mut position = checkpoint;
     let recovered = scan_journal(dir, &opened, &mut |record| {
         position = record.header.position();
-        note_durable(&mut superblock, record).map_err(std::io::Error::other)?;
+        note_durable(&mut superblock, &mut dirty, record).map_err(std::io::Error::other)?;
         journal.records += 1;
         journal.unapplied_records += u64::from(record.seq() > checkpoint.seq);
         match record.header.kind {
             RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => journal.changes += 1,
             RecordKind::ViewChange => journal.view_changes += 1,
-            RecordKind::EpochStart => {}
+            RecordKind::EpochStart | RecordKind::DirtyChange | RecordKind::Resize => {}
         }
         Ok(())
     })?;
@@ -181,7 +206,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
         volume: identity.volume.into(),
         uuid: identity.uuid.to_string(),
         replica: identity.replica.into(),
-        size_bytes: identity.size_bytes,
+        size_bytes: dirty.size_bytes(),
         position,
         promised: superblock.promised,
         views: superblock.views,
@@ -193,7 +218,13 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
         journal,
         checkpoint,
         stable: superblock.stable,
+        tracked: dirty.counts().into_iter().map(tracked_report).collect(),
     })
+}
+
+fn tracked_report(count: DirtyCount) -> TrackedReport {
+    let DirtyCount { name, acknowledged, dirty_bytes } = count;
+    TrackedReport { replica: name.into(), acknowledged, dirty_bytes }
 }
 
 /// A block whose bytes do not match its checksum.
@@ -227,7 +258,8 @@ const CHUNK_BYTES: u64 = 1 << 20;
 pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, InspectError> {
     let opened = open(dir)?;
     let image = Image::new(&opened.files);
-    let size = opened.superblock.identity.size_bytes;
+    // What the volume grew by since is in the journal.
+    let size = opened.superblock.image_bytes;
     let checkpoint = opened.superblock.checkpoint.seq;
     let mut repaired: Vec<ByteRange> = Vec::new();
     scan_journal(dir, &opened, &mut |record| {

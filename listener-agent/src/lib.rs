@@ -1,12 +1,15 @@
 //! A listener agent: holds one replica of each of its volumes and takes part in their order.
 //!
-//! [`server`] speaks to engines, [`host`] runs the threads of a replica, [`replica`] decides, [`journal`], [`image`] and
-//! [`superblock`] are what lies on disk, [`directory`] makes and opens it, [`inspect`] looks at it offline.
+//! [`server`] speaks to engines, [`host`] runs the threads of a replica, [`replica`] decides, [`carry_out`] does what it
+//! decided to [`journal`], [`image`], [`dirty_file`] and [`superblock`], which are what lies on disk. [`directory`] makes
+//! and opens it, [`inspect`] looks at it offline.
 
+pub mod carry_out;
 pub mod config;
 pub mod connection;
 pub mod console;
 pub mod directory;
+pub mod dirty_file;
 pub mod disk;
 pub mod host;
 pub mod image;

@@ -346,6 +346,7 @@ mod tests {
             size_bytes: 1 << 20,
             journal_bytes: 1 << 20,
             view: protocol::View::new(vec!["a".parse().unwrap()]).unwrap(),
+            syncing: false,
         }
     }
 

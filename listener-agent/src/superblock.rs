@@ -20,6 +20,7 @@ use protocol::checksum::crc32_of_two;
 use protocol::cursor::{self, Malformed, Reader};
 use protocol::message::EngineId;
 use protocol::quorum::AckPolicies;
+use protocol::ranges::{ByteRange, DIRTY_UNIT_BYTES};
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, ReplicaName, Seq, ViewState, VolumeUuid};
 
 use crate::disk::RawFile;
@@ -35,7 +36,7 @@ pub const FILE_BYTES: u64 = 2 * SLOT_BYTES;
 const MAGIC: &[u8; 8] = b"NBCASTSB";
 const PREFIX_BYTES: usize = 24;
 
-/// What never changes in the life of a replica.
+/// What a replica is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The volume's identity.
@@ -44,10 +45,32 @@ pub struct Identity {
     pub volume: ReplicaName,
     /// The replica's name.
     pub replica: ReplicaName,
-    /// Size of the volume, bytes; a multiple of a block.
+    /// Size of the volume, bytes; a multiple of a block. In a superblock it is as of [`Superblock::tracked_seq`].
     pub size_bytes: u64,
     /// Size of the journal file, bytes; a multiple of a block.
     pub journal_bytes: u64,
+}
+
+/// The most replicas out of the view of which dirty bitmaps are kept.
+pub const TRACKED_MAX: usize = 16;
+
+/// What a superblock says of a replica out of the view. Its bitmaps are in the pages of its slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrackedHeader {
+    /// The replica.
+    pub name: ReplicaName,
+    /// Where its pages are, below [`TRACKED_MAX`].
+    pub slot: u8,
+    /// The record with which the account of it begins.
+    pub id: Seq,
+    /// The generation in which the account was begun. With `id` it tells the pages of this account from leftovers.
+    pub generation: u64,
+    /// It is known to hold everything up to here.
+    pub acknowledged: Seq,
+    /// Marks of later records are in the plane of recent ones.
+    pub rotated_at: Seq,
+    /// Here everything is to be copied, whatever the pages say; whole units.
+    pub solid: ByteRange,
 }
 
 /// Where the journal starts.
@@ -82,6 +105,8 @@ pub struct Superblock {
     pub syncing: bool,
     /// The last record whose effect is durable in the image.
     pub checkpoint: Position,
+    /// Size of the volume as of the checkpoint, bytes: image and checksums have it for certain.
+    pub image_bytes: u64,
     /// Views as of some durable record at or after the checkpoint; `views.seq` tells which view records are in it.
     pub views: ViewState,
     /// Epoch history as of the same record.
@@ -92,6 +117,10 @@ pub struct Superblock {
     pub tail: JournalTail,
     /// Up to here every member held the order durably.
     pub stable: Seq,
+    /// The replicas out of the view, as of `tracked_seq`.
+    pub tracked: Vec<TrackedHeader>,
+    /// A durable record at or after the checkpoint. What is kept of replicas out of the view is exactly as of this one.
+    pub tracked_seq: Seq,
 }
 
 /// Why a superblock cannot be used.
@@ -128,6 +157,7 @@ impl Superblock {
         body.put_u32_le(self.lease_ms);
         body.put_u8(u8::from(self.syncing));
         cursor::put_position(&mut body, self.checkpoint);
+        body.put_u64_le(self.image_bytes);
         cursor::put_view_state(&mut body, &self.views);
         cursor::put_history(&mut body, &self.history);
         AckPolicies::encode_known(self.acks, &mut body);
@@ -135,6 +165,8 @@ impl Superblock {
         body.put_u64_le(self.tail.seq.0);
         body.put_u64_le(self.tail.generation);
         body.put_u64_le(self.stable.0);
+        put_tracked(&mut body, &self.tracked);
+        body.put_u64_le(self.tracked_seq.0);
 
         let mut prefix = Vec::with_capacity(PREFIX_BYTES);
         prefix.put_slice(MAGIC);
@@ -188,6 +220,7 @@ impl Superblock {
             lease_ms: r.u32("lease")?,
             syncing: r.bool("syncing")?,
             checkpoint: r.position("checkpoint")?,
+            image_bytes: r.u64("image size")?,
             views: r.view_state("views")?,
             history: r.history("history")?,
             acks: AckPolicies::decode_known(&mut r)?,
@@ -197,6 +230,8 @@ impl Superblock {
                 generation: r.u64("tail generation")?,
             },
             stable: Seq(r.u64("stable")?),
+            tracked: read_tracked(&mut r)?,
+            tracked_seq: Seq(r.u64("tracked seq")?),
         };
         r.finish("superblock")?;
         let id = &superblock.identity;
@@ -207,7 +242,10 @@ impl Superblock {
             && superblock.tail.offset.is_multiple_of(BLOCK_BYTES)
             && superblock.tail.offset <= crate::journal::capacity_bytes(id.journal_bytes)
             && superblock.tail.seq > Seq(0)
-            && superblock.tail.seq <= superblock.checkpoint.seq.next();
+            && superblock.tail.seq <= superblock.checkpoint.seq.next()
+            && superblock.tracked_seq >= superblock.checkpoint.seq
+            && superblock.image_bytes > 0
+            && superblock.image_bytes.is_multiple_of(BLOCK_BYTES);
         if sound { Ok(superblock) } else { Err(Malformed { field: "superblock" }) }
     }
 
@@ -237,6 +275,47 @@ impl Superblock {
         let offset = (self.write_count % 2) * SLOT_BYTES;
         file.write_durable_at(offset, self.encode().as_slice())
     }
+}
+
+fn put_tracked(out: &mut BytesMut, tracked: &[TrackedHeader]) {
+    out.put_u8(tracked.len() as u8);
+    for header in tracked {
+        cursor::put_text(out, header.name.as_str());
+        out.put_u8(header.slot);
+        out.put_u64_le(header.id.0);
+        out.put_u64_le(header.generation);
+        out.put_u64_le(header.acknowledged.0);
+        out.put_u64_le(header.rotated_at.0);
+        out.put_u64_le(header.solid.offset);
+        out.put_u64_le(header.solid.length);
+    }
+}
+
+fn read_tracked(r: &mut Reader<'_>) -> Result<Vec<TrackedHeader>, Malformed> {
+    const FIELD: &str = "tracked replicas";
+    let count = usize::from(r.u8(FIELD)?);
+    let mut tracked: Vec<TrackedHeader> = Vec::new();
+    for _ in 0..count {
+        let header = TrackedHeader {
+            name: r.name(FIELD)?,
+            slot: r.u8(FIELD)?,
+            id: Seq(r.u64(FIELD)?),
+            generation: r.u64(FIELD)?,
+            acknowledged: Seq(r.u64(FIELD)?),
+            rotated_at: Seq(r.u64(FIELD)?),
+            solid: ByteRange { offset: r.u64(FIELD)?, length: r.u64(FIELD)? },
+        };
+        let sound = usize::from(header.slot) < TRACKED_MAX
+            && tracked.iter().all(|other| other.slot != header.slot && other.name != header.name)
+            && header.solid.offset.is_multiple_of(DIRTY_UNIT_BYTES)
+            && header.solid.length.is_multiple_of(DIRTY_UNIT_BYTES)
+            && header.solid.offset.checked_add(header.solid.length).is_some();
+        if !sound {
+            return Err(Malformed { field: FIELD });
+        }
+        tracked.push(header);
+    }
+    Ok(tracked)
 }
 
 enum SlotError {
@@ -276,11 +355,26 @@ pub(crate) mod tests {
             lease_ms: 3000,
             syncing: false,
             checkpoint: Position { epoch: Epoch(2), seq: Seq(9) },
+            image_bytes: 1 << 20,
             views: ViewState::initial(view),
             history,
             acks: None,
             tail: JournalTail { offset: 8192, seq: Seq(5), generation: 1 },
             stable: Seq(7),
+            tracked: vec![tracked("c", 3), tracked("d", 0)],
+            tracked_seq: Seq(11),
+        }
+    }
+
+    fn tracked(name: &str, slot: u8) -> TrackedHeader {
+        TrackedHeader {
+            name: name.parse().unwrap(),
+            slot,
+            id: Seq(6),
+            generation: 1,
+            acknowledged: Seq(5),
+            rotated_at: Seq(10),
+            solid: ByteRange { offset: DIRTY_UNIT_BYTES, length: 3 * DIRTY_UNIT_BYTES },
         }
     }
 
@@ -329,7 +423,8 @@ pub(crate) mod tests {
         for i in 1..=2000 {
             history.note(Position { epoch: Epoch(i), seq: Seq(i) });
         }
-        let longest = Superblock { views: ViewState::initial(view), history, ..sample() };
+        let tracked = (0..TRACKED_MAX as u8).map(|i| tracked(name(i.into()).as_str(), i)).collect();
+        let longest = Superblock { views: ViewState::initial(view), history, tracked, ..sample() };
         assert!(longest.encode().len() <= SLOT_BYTES as usize);
     }
 

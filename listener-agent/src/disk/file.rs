@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Mutex;
 
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
@@ -26,6 +27,8 @@ pub struct SystemFile {
     buffered: File,
     /// Durable writes, past the page cache.
     direct: Option<File>,
+    /// Held while the length is compared and changed: of two who make the file longer neither may cut off the other.
+    growing: Mutex<()>,
 }
 
 /// Zeroes written at a time where a filesystem cannot zero a range itself, bytes.
@@ -45,12 +48,12 @@ impl SystemFile {
             Caching::Buffered => None,
             Caching::Direct => open_direct(path)?,
         };
-        Ok(SystemFile { buffered, direct })
+        Ok(SystemFile { buffered, direct, growing: Mutex::default() })
     }
 
     /// Opens an existing file for reading only.
     pub fn open_read_only(path: &Path) -> io::Result<SystemFile> {
-        Ok(SystemFile { buffered: File::open(path)?, direct: None })
+        Ok(SystemFile { buffered: File::open(path)?, direct: None, growing: Mutex::default() })
     }
 
     /// The file descriptor, for locks.
@@ -127,6 +130,19 @@ impl RawFile for SystemFile {
         }
     }
 
+    fn grow(&self, length: u64) -> io::Result<()> {
+        let _growing = self.growing.lock().expect("no thread panicked with the lock");
+        let found = self.length()?;
+        if found >= length {
+            return Ok(());
+        }
+        if !self.buffered.metadata()?.is_file() {
+            let text = format!("the device has {found} bytes where {length} are needed");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+        }
+        self.buffered.set_len(length)
+    }
+
     fn length(&self) -> io::Result<u64> {
         // Seeking tells the size of block devices too, which their metadata does not.
         use std::io::Seek;
@@ -159,6 +175,20 @@ mod tests {
             assert_eq!(back, [9; 4096]);
             assert_eq!(file.length().unwrap(), 16384);
         }
+    }
+
+    #[test]
+    fn a_file_only_grows_and_a_device_does_not() {
+        let (_dir, file) = file_of(8192, Caching::Buffered);
+        file.write_at(4096, &[1; 4096]).unwrap();
+        file.grow(4096).unwrap();
+        assert_eq!(file.length().unwrap(), 8192);
+        file.grow(12288).unwrap();
+        let mut back = [7; 8192];
+        file.read_at(4096, &mut back).unwrap();
+        assert_eq!((file.length().unwrap(), back[4095], back[4096]), (12288, 1, 0));
+        let device = SystemFile::open(Path::new("/dev/null"), Caching::Buffered).unwrap();
+        assert_eq!(device.grow(4096).unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

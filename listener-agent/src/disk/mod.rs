@@ -1,4 +1,4 @@
-//! What a replica needs of storage: four byte ranges that can be read, written, and written durably. [`file`] is the real
+//! What a replica needs of storage: five byte ranges that can be read, written, and written durably. [`file`] is the real
 //! one; a simulation brings its own, which loses what was not made durable.
 
 pub mod aligned;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub trait RawFile: Send + Sync {
     /// Fills `buffer` from `offset`; an error if the file ends before.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-    /// Writes to where the system keeps dirty pages.
+    /// Writes to where the system keeps dirty pages. A file that ends before becomes longer.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Writes and returns when it is durable. `offset`, `data` and its address are multiples of a block.
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
@@ -23,11 +23,14 @@ pub trait RawFile: Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// Makes the range read as zeroes; gives its space back unless `keep_allocated`.
     fn zero_range(&self, offset: u64, length: u64, keep_allocated: bool) -> io::Result<()>;
+    /// Makes it at least this long, never shorter; what is new reads as zeroes. Durable after [`RawFile::sync`]. A device
+    /// that is too short is [`io::ErrorKind::StorageFull`].
+    fn grow(&self, length: u64) -> io::Result<()>;
     /// The size.
     fn length(&self) -> io::Result<u64>;
 }
 
-/// The four files of a replica.
+/// The five files of a replica.
 #[derive(Clone)]
 pub struct ReplicaFiles {
     /// Identity, promises, checkpoint.
@@ -38,4 +41,6 @@ pub struct ReplicaFiles {
     pub image: Arc<dyn RawFile>,
     /// Four bytes for each block of the image.
     pub checksums: Arc<dyn RawFile>,
+    /// What replicas out of the view lack. Only as long as it had to be so far.
+    pub dirty: Arc<dyn RawFile>,
 }

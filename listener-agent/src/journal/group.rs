@@ -25,6 +25,12 @@ impl Salt {
     pub fn of(uuid: VolumeUuid) -> Salt {
         Salt(crc32(&uuid.0))
     }
+
+    /// CRC-32 of bytes that belong to the volume.
+    #[must_use]
+    pub fn checksum(self, bytes: &[u8]) -> u32 {
+        crc32_salted(self.0, bytes)
+    }
 }
 
 /// The header of a journaled record.
@@ -45,7 +51,7 @@ impl EntryHeader {
         let mut r = Reader::new(bytes.get(..ENTRY_HEADER_BYTES)?);
         let magic = r.u32("magic").ok()?;
         let crc = r.u32("crc").ok()?;
-        if magic != MAGIC || crc != crc32_salted(salt.0, &bytes[8..ENTRY_HEADER_BYTES]) {
+        if magic != MAGIC || crc != salt.checksum(&bytes[8..ENTRY_HEADER_BYTES]) {
             return None;
         }
         let generation = r.u64("generation").ok()?;
@@ -93,7 +99,7 @@ pub fn encode_into(salt: Salt, generation: u64, records: &[Record], out: &mut Al
         fields.put_u64_le(0);
         record.header.encode(&mut fields);
         out.put(&MAGIC.to_le_bytes());
-        out.put(&crc32_salted(salt.0, &fields).to_le_bytes());
+        out.put(&salt.checksum(&fields).to_le_bytes());
         out.put(&fields);
         out.put(&record.payload);
     }

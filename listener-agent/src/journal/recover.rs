@@ -66,7 +66,8 @@ impl ScanStart {
     #[must_use]
     pub fn of(superblock: &Superblock) -> ScanStart {
         let last_epoch = superblock.history.entries().last().map_or(Seq(0), |s| s.first_seq);
-        let known = [superblock.checkpoint.seq, superblock.views.seq, superblock.stable, last_epoch];
+        let known =
+            [superblock.checkpoint.seq, superblock.views.seq, superblock.stable, superblock.tracked_seq, last_epoch];
         ScanStart {
             salt: Salt::of(superblock.identity.uuid),
             capacity: capacity_bytes(superblock.identity.journal_bytes),

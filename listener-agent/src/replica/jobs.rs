@@ -1,8 +1,12 @@
-//! Work that a replica hands out; whoever does it reports how it ended. No behaviour.
+//! Work that a replica hands out; whoever does it reports how it ended ([`crate::carry_out`] does it to real files).
+//! Decides nothing.
 
+use protocol::message::Copy;
+use protocol::ranges::ByteRange;
 use protocol::{Record, Seq};
 
 use super::SessionId;
+use super::dirty::DirtyPage;
 use crate::image::Trust;
 use crate::journal::group::Salt;
 use crate::journal::ring::Segment;
@@ -21,22 +25,72 @@ pub struct GroupJob {
     pub records: Vec<Record>,
 }
 
-/// Records to apply to the image, in order.
+/// Changes to make to the image, in order.
 #[derive(Debug)]
 pub struct ApplyJob {
-    /// The records.
-    pub records: Vec<Record>,
+    /// The changes.
+    pub changes: Changes,
     /// Whether blocks that they change in part must match their checksums: not after an attempt that got stuck halfway.
     pub trust: Trust,
 }
 
-/// A superblock to write.
+/// Changes of one sort.
+#[derive(Debug)]
+pub enum Changes {
+    /// Records that change bytes, or nothing.
+    Records(Vec<Record>),
+    /// Bytes that another replica holds.
+    Copies(Vec<Copy>),
+    /// The volume grows.
+    Grow(Growth),
+}
+
+/// A volume that grows; what is new is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Growth {
+    /// The size before, bytes.
+    pub from: u64,
+    /// The size then, bytes.
+    pub to: u64,
+}
+
+impl Changes {
+    /// The ranges of the volume that are changed.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<ByteRange> {
+        match self {
+            Changes::Records(records) => records.iter().map(|r| r.header.range()).collect(),
+            Changes::Copies(copies) => copies.iter().map(|c| c.range).collect(),
+            Changes::Grow(growth) => vec![ByteRange { offset: growth.from, length: growth.to - growth.from }],
+        }
+    }
+}
+
+/// A superblock to write. What is in here is done in this order, each part durable before the next begins.
 #[derive(Debug)]
 pub struct MetadataJob {
-    /// Whether the image must be made durable first.
+    pub(super) purpose: Purpose,
+    /// Image and checksums are made larger.
+    pub grow: Option<Growth>,
+    /// Whether the image must be made durable.
     pub sync_image: bool,
+    /// Pages of the dirty bitmaps.
+    pub dirty_pages: Vec<DirtyPage>,
     /// What to write.
     pub superblock: Superblock,
+}
+
+/// What a superblock is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A promise.
+    Promise,
+    /// The replica follows from another place on.
+    Begin,
+    /// The replica lacks nothing any more.
+    Synced,
+    /// Journal space is given up, and recovery starts later.
+    Checkpoint,
 }
 
 /// Records to read from the journal for another member.
@@ -51,9 +105,17 @@ pub struct FetchJob {
     pub segments: Vec<Segment>,
 }
 
-/// Why a batch was not applied.
+/// Room to make for a volume that is to grow.
+#[derive(Clone, Copy, Debug)]
+pub struct ExtendJob {
+    pub(super) session: SessionId,
+    /// The size that it is to have, bytes.
+    pub size_bytes: u64,
+}
+
+/// Why a job was not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApplyError {
+pub enum JobError {
     /// The disk is full: worth another try later.
     NoSpace,
     /// Anything else.

@@ -5,6 +5,9 @@
 //! of each sort at a time - write a group, apply a batch, write a superblock - and any number of reads, and is told how
 //! each ended. Threads around it ([`crate::host`]) or a simulation do the work.
 //!
+//! Copies for a syncing replica ([`copies`]) have their places between records; they are not journaled, and durable by a
+//! checkpoint alone. [`resync`] is how it comes to be syncing and how it ends; [`metadata`] writes superblocks.
+//!
 //! **Invariants**
 //! * Nothing is applied before it is durable, nothing is acknowledged before it is durable.
 //! * From a promise on (in memory, before it is durable), nothing of an older session is journaled that was not already
@@ -12,14 +15,19 @@
 //!   can no longer change behind its back.
 //! * A read and a record that touch the same block are never at work together, and a read sees every record that was
 //!   received before it.
+//! * Copies and records are applied in the order in which they were received.
 //! * Journal space is reused only after the superblock that gives it up is durable.
 //! * No clock, file, socket, thread or randomness in here: time is an argument.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod copies;
+pub mod dirty;
 mod jobs;
 mod lease;
+mod metadata;
 mod reads;
+mod resync;
 #[cfg(test)]
 mod tests;
 
@@ -30,25 +38,28 @@ use protocol::cursor::Malformed;
 use protocol::message::{Condition, EngineId, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
-use protocol::record::ViewChange;
+use protocol::record::{DirtyChange, Resize, ViewChange};
 use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
 
 use crate::image::Trust;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
 use crate::journal::ring::Ring;
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
-use crate::superblock::{JournalTail, Superblock};
-pub use jobs::{ApplyError, ApplyJob, FetchJob, GroupJob, MetadataJob};
+use crate::superblock::Superblock;
+use copies::CopyQueue;
+use dirty::DirtyMaps;
+pub use jobs::{ApplyJob, Changes, ExtendJob, FetchJob, GroupJob, Growth, JobError, MetadataJob};
 use lease::Leases;
 pub use reads::ReadJob;
-use reads::ReadQueue;
+use reads::{Place, ReadQueue};
+use resync::{Turn, is_size_sound};
 
 /// One connection of an engine.
 pub type SessionId = u64;
 /// Time since a fixed moment of the process.
 pub type Time = Duration;
 
-/// Payload received but not applied, at most, bytes. An engine keeps far fewer in flight.
+/// Payload and copies received but not applied, at most, bytes. An engine keeps far fewer in flight.
 pub const PENDING_BYTES_MAX: u64 = 64 << 20;
 /// With so much payload durable but not applied, bytes, nothing more is journaled until the image has caught up: an
 /// image slower than its journal then slows its replica down, which its engine sees as lag.
@@ -70,6 +81,23 @@ struct PendingPromise {
     writing: bool,
 }
 
+/// What is being applied.
+#[derive(Clone, Copy, Debug)]
+enum Applying {
+    /// Records up to this one.
+    Records(Position),
+    Copies,
+    /// The record of a resize.
+    Growth(Position, Growth),
+}
+
+/// What is to be applied next.
+enum Due {
+    Records,
+    Copies,
+    Growth(Position, Growth),
+}
+
 /// Figures for people.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -86,12 +114,22 @@ pub struct Counters {
 /// The state machine.
 #[derive(Debug)]
 pub struct Replica {
-    /// What the next superblock says. Its views and history are as of `durable`.
+    /// What the next superblock says. Its views and history are as of `durable`; what recovery starts from is as the
+    /// superblock on disk has it.
     superblock: Superblock,
     ring: Ring,
+    /// What replicas out of the view lack, and the size of the volume, as of `durable`.
+    dirty: DirtyMaps,
     received: Position,
     durable: Position,
     applied: Position,
+    /// Size of the volume as of `received`, bytes.
+    received_size: u64,
+    /// Size of the volume as of `applied`, bytes.
+    applied_size: u64,
+    copies: CopyQueue,
+    turn: Option<Turn>,
+    extends: VecDeque<ExtendJob>,
     /// Records after `applied`, up to `received`.
     pending: VecDeque<Record>,
     pending_bytes: u64,
@@ -99,10 +137,11 @@ pub struct Replica {
     unapplied_bytes: u64,
     /// The last record of the group being written.
     writing: Option<Position>,
-    /// The last record of the batch being applied.
-    applying: Option<Position>,
+    applying: Option<Applying>,
     /// An attempt to apply got stuck: blocks of the first records may not match their checksums.
     apply_in_doubt: bool,
+    no_space_to_apply: bool,
+    no_space_for_metadata: bool,
     metadata_busy: bool,
     reads: ReadQueue,
     fetches: VecDeque<FetchJob>,
@@ -114,6 +153,7 @@ pub struct Replica {
     condition: Condition,
     apply_retry_at: Time,
     checkpoint_due: bool,
+    checkpoint_retry_at: Time,
     last_checkpoint_at: Time,
     closing: bool,
     closed: bool,
@@ -124,24 +164,39 @@ pub struct Replica {
 
 impl Replica {
     /// A replica whose journal was recovered and replayed up to `durable`. `superblock` is the one that was just written
-    /// for this opening, with views and history brought up to `durable`. With `old_engines_gone` no earlier engine can
-    /// still be alive (it would have run in a process that held this replica's lock).
+    /// for this opening, with views and history brought up to `durable`, and so is `dirty`. With `old_engines_gone` no
+    /// earlier engine can still be alive (it would have run in a process that held this replica's lock).
     #[must_use]
-    pub fn new(superblock: Superblock, ring: Ring, durable: Position, now: Time, old_engines_gone: bool) -> Replica {
+    pub fn new(
+        superblock: Superblock,
+        ring: Ring,
+        durable: Position,
+        dirty: DirtyMaps,
+        now: Time,
+        old_engines_gone: bool,
+    ) -> Replica {
         let lease_ms = if old_engines_gone { 0 } else { superblock.lease_ms };
         let leases = Leases::at_open(superblock.engine, Duration::from_millis(lease_ms.into()), now);
         Replica {
             superblock,
             ring,
+            received_size: dirty.size_bytes(),
+            applied_size: dirty.size_bytes(),
+            dirty,
             received: durable,
             durable,
             applied: durable,
+            copies: CopyQueue::default(),
+            turn: None,
+            extends: VecDeque::new(),
             pending: VecDeque::new(),
             pending_bytes: 0,
             unapplied_bytes: 0,
             writing: None,
             applying: None,
             apply_in_doubt: false,
+            no_space_to_apply: false,
+            no_space_for_metadata: false,
             metadata_busy: false,
             reads: ReadQueue::default(),
             fetches: VecDeque::new(),
@@ -152,6 +207,7 @@ impl Replica {
             condition: Condition::Healthy,
             apply_retry_at: Time::ZERO,
             checkpoint_due: false,
+            checkpoint_retry_at: Time::ZERO,
             last_checkpoint_at: now,
             closing: false,
             closed: false,
@@ -177,6 +233,12 @@ impl Replica {
     #[must_use]
     pub fn superblock(&self) -> &Superblock {
         &self.superblock
+    }
+
+    /// What replicas out of the view lack, and the size of the volume, as of the last durable record.
+    #[must_use]
+    pub fn dirty(&self) -> &DirtyMaps {
+        &self.dirty
     }
 
     /// Figures for people.
@@ -218,7 +280,7 @@ impl Replica {
         let identity = &self.superblock.identity;
         let welcome = Welcome {
             uuid: identity.uuid,
-            size_bytes: identity.size_bytes,
+            size_bytes: self.dirty.size_bytes(),
             journal_bytes: identity.journal_bytes,
             record_payload_bytes_max: record_payload_bytes_max(identity.journal_bytes),
             promised: self.superblock.promised,
@@ -232,12 +294,15 @@ impl Replica {
         self.sessions.remove(&session);
         if self.current == Some(session) {
             self.current = None;
+            self.copies.reset();
+            self.drop_turn();
         }
         if self.promise.is_some_and(|p| p.session == session && !p.writing) {
             self.promise = None;
         }
         self.reads.drop_session(session);
         self.fetches.retain(|f| f.session != session);
+        self.extends.retain(|e| e.session != session);
     }
 
     fn refuse(&mut self, session: SessionId, reason: RefusedReason, text: &str) {
@@ -272,6 +337,11 @@ impl Replica {
             | ToAgent::Read { .. }
             | ToAgent::Fetch { .. }
             | ToAgent::Goodbye
+            | ToAgent::Begin(_)
+            | ToAgent::Copy(_)
+            | ToAgent::Synced
+            | ToAgent::ListDirty { .. }
+            | ToAgent::Extend { .. }
                 if self.current != Some(session) =>
             {
                 self.refuse_fenced(session);
@@ -300,6 +370,13 @@ impl Replica {
                 self.superblock.lease_ms = 0;
                 self.checkpoint_due = true;
             }
+            ToAgent::Begin(begin) => self.on_begin(session, begin),
+            ToAgent::Copy(copy) => self.on_copy(session, copy),
+            ToAgent::Synced => self.on_synced(session),
+            ToAgent::ListDirty { subject, from } => {
+                self.outbox.push_back((session, ToEngine::Dirty(self.dirty.list(&subject, from))));
+            }
+            ToAgent::Extend { size_bytes } => self.on_extend(session, size_bytes),
         }
     }
 
@@ -321,6 +398,8 @@ impl Replica {
             }
         }
         self.current = None;
+        self.copies.reset();
+        self.drop_turn();
         self.forget_unwritten();
         self.promise = Some(PendingPromise { session, writing: false });
     }
@@ -333,6 +412,7 @@ impl Replica {
             self.pending_bytes -= u64::from(dropped.header.payload_length);
         }
         self.received = kept;
+        self.received_size = self.pending.iter().rev().find_map(new_size).unwrap_or(self.applied_size);
     }
 
     fn on_promise_durable(&mut self, now: Time, promise: PendingPromise) {
@@ -349,6 +429,8 @@ impl Replica {
             acks: self.superblock.acks,
             syncing: self.superblock.syncing,
             journal_first: self.ring.first().unwrap_or(self.durable.seq.next()),
+            stable: self.superblock.stable,
+            tracked: self.dirty.acknowledged(),
             lease_remaining_ms: self.leases.remaining_ms(now),
         };
         self.outbox.push_back((promise.session, ToEngine::Promised(promised)));
@@ -364,12 +446,16 @@ impl Replica {
             return self.refuse_protocol(session, &text);
         }
         self.received = record.header.position();
+        self.received_size = new_size(&record).unwrap_or(self.received_size);
         self.pending_bytes += u64::from(record.header.payload_length);
         self.pending.push_back(record);
     }
 
     fn check_append(&self, record: &Record) -> Result<(), String> {
         let header = &record.header;
+        if self.begins_anew() {
+            return Err(format!("record {} came before the replica has begun anew", header.seq));
+        }
         let expected = self.received.seq.next();
         if header.seq != expected {
             return Err(format!("record {} came where {expected} was due", header.seq));
@@ -380,12 +466,18 @@ impl Replica {
         if header.payload_length > record_payload_bytes_max(self.superblock.identity.journal_bytes) {
             return Err(format!("record {} is longer than the journal allows", header.seq));
         }
-        if self.pending_bytes > PENDING_BYTES_MAX {
+        if self.pending_bytes + self.copies.bytes() > PENDING_BYTES_MAX {
             return Err("more records are in flight than may be".to_owned());
         }
-        header.check_range(self.superblock.identity.size_bytes).map_err(|e| e.to_string())?;
+        header.check_range(self.received_size).map_err(|e| e.to_string())?;
         // The payload was compared with its checksum when it came off the network.
-        check_payload_shape(record).map_err(|e| e.to_string())
+        check_payload_shape(record).map_err(|e| e.to_string())?;
+        match new_size(record) {
+            Some(size) if size < self.received_size || !is_size_sound(size) => {
+                Err(format!("record {} makes {size} bytes of {}", header.seq, self.received_size))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Whether [`Replica::next_group`] may have a job.
@@ -449,7 +541,8 @@ impl Replica {
         let count = last.seq.ahead_of(self.durable.seq) as usize;
         for record in self.pending.iter().skip(first).take(count) {
             self.unapplied_bytes += u64::from(record.header.payload_length);
-            note_durable(&mut self.superblock, record).expect("records are checked before they are journaled");
+            note_durable(&mut self.superblock, &mut self.dirty, record)
+                .expect("records are checked before they are journaled");
         }
         self.counters.groups += 1;
         self.counters.records += count as u64;
@@ -474,22 +567,60 @@ impl Replica {
     #[must_use]
     pub fn has_apply(&self, now: Time) -> bool {
         self.applying.is_none()
-            && self.durable > self.applied
             && now >= self.apply_retry_at
             && self.condition != Condition::Poisoned
-            && self.pending.front().is_some_and(|r| !self.reads.blocks(r.header.range()))
+            && !self.turn.as_ref().is_some_and(|turn| turn.writing)
+            && self.due().is_some()
     }
 
-    /// The next batch to apply to the image, in order; [`Replica::apply_done`] must follow.
+    /// The last record that may be applied: durable, and not behind a copy that was received before it.
+    fn apply_until(&self) -> Seq {
+        self.copies.records_until().map_or(self.durable.seq, |until| until.min(self.durable.seq))
+    }
+
+    fn due(&self) -> Option<Due> {
+        if let Some(range) = self.copies.due(self.applied.seq) {
+            return (!self.reads.blocks(range)).then_some(Due::Copies);
+        }
+        let record = self.pending.front().filter(|r| r.seq() <= self.apply_until())?;
+        match new_size(record) {
+            Some(to) => Some(Due::Growth(record.header.position(), Growth { from: self.applied_size, to })),
+            None => (!self.reads.blocks(record.header.range())).then_some(Due::Records),
+        }
+    }
+
+    /// The next changes to make to the image, in order; [`Replica::apply_done`] must follow.
     pub fn next_apply(&mut self, now: Time) -> Option<ApplyJob> {
         if !self.has_apply(now) {
             return None;
         }
+        let changes = match self.due()? {
+            Due::Records => {
+                let records = self.records_due();
+                self.applying = Some(Applying::Records(records.last()?.header.position()));
+                Changes::Records(records)
+            }
+            Due::Copies => {
+                let may = |range| !self.reads.blocks(range);
+                let copies = self.copies.start(self.applied.seq, APPLY_BATCH_BYTES_MAX, may);
+                self.applying = Some(Applying::Copies);
+                Changes::Copies(copies)
+            }
+            Due::Growth(position, growth) => {
+                self.applying = Some(Applying::Growth(position, growth));
+                Changes::Grow(growth)
+            }
+        };
+        let trust = if self.apply_in_doubt { Trust::InDoubt } else { Trust::Verified };
+        Some(ApplyJob { changes, trust })
+    }
+
+    fn records_due(&self) -> Vec<Record> {
+        let until = self.apply_until();
         let mut bytes = 0;
-        let records: Vec<Record> = self
-            .pending
+        self.pending
             .iter()
-            .take_while(|r| r.seq() <= self.durable.seq && !self.reads.blocks(r.header.range()))
+            .take_while(|r| r.seq() <= until && new_size(r).is_none() && !self.reads.blocks(r.header.range()))
             .take(APPLY_BATCH_RECORDS_MAX)
             .take_while(|r| {
                 let fits = bytes <= APPLY_BATCH_BYTES_MAX;
@@ -497,38 +628,53 @@ impl Replica {
                 fits
             })
             .cloned()
-            .collect();
-        self.applying = Some(records.last()?.header.position());
-        let trust = if self.apply_in_doubt { Trust::InDoubt } else { Trust::Verified };
-        Some(ApplyJob { records, trust })
+            .collect()
     }
 
-    /// The batch was applied, or was not.
-    pub fn apply_done(&mut self, now: Time, outcome: Result<(), ApplyError>) {
-        let last = self.applying.take().expect("a batch was being applied");
+    /// The changes were made, or were not.
+    pub fn apply_done(&mut self, now: Time, outcome: Result<(), JobError>) {
+        let applying = self.applying.take().expect("changes were being made");
         match outcome {
             Ok(()) => {
-                while self.pending.front().is_some_and(|r| r.seq() <= last.seq) {
-                    let record = self.pending.pop_front().expect("just seen");
-                    self.pending_bytes -= u64::from(record.header.payload_length);
-                    self.unapplied_bytes -= u64::from(record.header.payload_length);
+                match applying {
+                    Applying::Records(last) => self.on_records_applied(last),
+                    Applying::Copies => self.copies.done(now),
+                    Applying::Growth(last, growth) => {
+                        self.on_records_applied(last);
+                        self.applied_size = growth.to;
+                    }
                 }
-                self.applied = last;
                 self.apply_in_doubt = false;
-                self.reads.on_applied(last.seq);
-                self.tell_condition(Condition::Healthy);
+                self.no_space_to_apply = false;
+                self.reads.on_applied(Place { seq: self.applied.seq, copy: self.copies.number_applied() });
+                self.tell_condition();
             }
-            Err(ApplyError::NoSpace) => {
+            Err(JobError::NoSpace) => {
                 // The records are safe in the journal; space may be made for them.
                 self.apply_retry_at = now + NO_SPACE_RETRY;
                 self.apply_in_doubt = true;
-                self.tell_condition(Condition::NoSpace);
+                self.no_space_to_apply = true;
+                if matches!(applying, Applying::Copies) {
+                    self.copies.not_done();
+                }
+                self.tell_condition();
             }
-            Err(ApplyError::Failed) => self.poison(),
+            Err(JobError::Failed) => self.poison(),
         }
     }
 
-    fn tell_condition(&mut self, condition: Condition) {
+    fn on_records_applied(&mut self, last: Position) {
+        while self.pending.front().is_some_and(|r| r.seq() <= last.seq) {
+            let record = self.pending.pop_front().expect("just seen");
+            self.pending_bytes -= u64::from(record.header.payload_length);
+            self.unapplied_bytes -= u64::from(record.header.payload_length);
+        }
+        self.applied = last;
+    }
+
+    fn tell_condition(&mut self) {
+        let full = self.no_space_to_apply || self.no_space_for_metadata;
+        let condition = if full { Condition::NoSpace } else { Condition::Healthy };
         // Poisoned it stays, whatever still ends well.
         if self.condition != condition && self.condition != Condition::Poisoned {
             self.condition = condition;
@@ -544,14 +690,16 @@ impl Replica {
         let range = ByteRange { offset, length: length.into() };
         let sound = length > 0
             && length <= RECORD_PAYLOAD_BYTES_MAX
-            && offset.checked_add(length.into()).is_some_and(|end| end <= self.superblock.identity.size_bytes);
+            && offset.checked_add(length.into()).is_some_and(|end| end <= self.received_size);
         if !sound || self.reads.len() >= READS_MAX {
             return self.refuse_protocol(session, &format!("read of {offset}+{length} cannot be taken"));
         }
         let job = ReadJob { session, id, range };
-        let must_see = self.pending.iter().rev().find(|r| r.header.range().shares_block(range));
-        match must_see.map(Record::seq) {
-            Some(seq) => self.reads.wait_for(seq, job),
+        let grows = range.end() > self.applied_size;
+        let concerns = |r: &&Record| r.header.range().shares_block(range) || (grows && new_size(r).is_some());
+        let record = self.pending.iter().rev().find(concerns).map(|r| Place { seq: r.seq(), copy: 0 });
+        match record.max(self.copies.last_on(range)) {
+            Some(place) => self.reads.wait_for(place, job),
             None => self.reads.make_ready(job),
         }
     }
@@ -572,7 +720,10 @@ impl Replica {
         self.reads.finish(job);
         if self.current == Some(job.session) {
             // Records being applied side by side do not touch the read's blocks; naming them is only cautious.
-            let applied = self.applying.unwrap_or(self.applied).seq;
+            let applied = match self.applying {
+                Some(Applying::Records(last) | Applying::Growth(last, _)) => last.seq,
+                Some(Applying::Copies) | None => self.applied.seq,
+            };
             self.outbox.push_back((job.session, ToEngine::ReadDone { id: job.id, applied, outcome }));
         }
     }
@@ -602,91 +753,6 @@ impl Replica {
         }
         self.outbox.push_back((job.session, ToEngine::FetchEnd { next }));
     }
-
-    // ---- superblock --------------------------------------------------------------------------------------------
-
-    /// Ends the replica's work: no session is served from here on, and once everything durable is applied the last
-    /// superblock says that the replica is clean.
-    pub fn close(&mut self) {
-        self.closing = true;
-        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
-        for session in sessions {
-            self.refuse(session, RefusedReason::Unusable, "the agent is stopping");
-        }
-        self.promise = self.promise.filter(|p| p.writing);
-        // Nobody was told of these, and there may be no room for them.
-        self.forget_unwritten();
-    }
-
-    fn releasable(&self) -> Seq {
-        self.applied.seq.min(self.superblock.stable)
-    }
-
-    fn wants_checkpoint(&self, now: Time) -> bool {
-        if self.closing {
-            return self.received == self.applied;
-        }
-        let freed = self.ring.releasable_bytes(self.releasable());
-        let under_pressure = self.ring.used_bytes() > self.ring.capacity() / 2 && freed > self.ring.capacity() / 8;
-        let changed = self.applied != self.superblock.checkpoint;
-        let waited = now.saturating_sub(self.last_checkpoint_at) >= CHECKPOINT_INTERVAL;
-        under_pressure || (self.checkpoint_due && (changed || freed > 0)) || (waited && changed)
-    }
-
-    /// Whether [`Replica::next_metadata`] has a job.
-    #[must_use]
-    pub fn has_metadata(&self, now: Time) -> bool {
-        let promise = self.promise.is_some() && self.writing.is_none();
-        let may = !self.metadata_busy && !self.closed && self.condition != Condition::Poisoned;
-        may && (promise || self.wants_checkpoint(now))
-    }
-
-    /// The next superblock to write; [`Replica::metadata_done`] must follow.
-    pub fn next_metadata(&mut self, now: Time) -> Option<MetadataJob> {
-        if !self.has_metadata(now) {
-            return None;
-        }
-        self.metadata_busy = true;
-        let mut superblock = self.superblock.clone();
-        superblock.write_count += 1;
-        if let Some(promise) = &mut self.promise
-            && self.writing.is_none()
-        {
-            promise.writing = true;
-            return Some(MetadataJob { sync_image: false, superblock });
-        }
-        self.checkpoint_due = false;
-        self.last_checkpoint_at = now;
-        superblock.checkpoint = self.applied;
-        let (offset, seq) = self.ring.tail_after(self.releasable(), self.durable.seq.next());
-        // Where nothing is kept, nothing of an earlier opening may be taken for what comes next.
-        let generation = if seq > self.durable.seq { superblock.generation } else { superblock.tail.generation };
-        superblock.tail = JournalTail { offset, seq, generation };
-        superblock.clean = self.closing;
-        Some(MetadataJob { sync_image: true, superblock })
-    }
-
-    /// The superblock is durable, or is not.
-    pub fn metadata_done(&mut self, now: Time, job: &MetadataJob, written: bool) {
-        self.metadata_busy = false;
-        if !written {
-            return self.poison();
-        }
-        let written = &job.superblock;
-        self.superblock.write_count = written.write_count;
-        self.superblock.checkpoint = written.checkpoint;
-        self.superblock.tail = written.tail;
-        self.ring.release_before(written.tail.seq);
-        if job.sync_image {
-            self.counters.checkpoints += 1;
-        }
-        self.closed = written.clean;
-        if let Some(promise) = self.promise
-            && promise.writing
-        {
-            self.on_promise_durable(now, promise);
-        }
-    }
 }
 
 /// Checks what a record says beside its effect on the image.
@@ -694,22 +760,40 @@ fn check_payload_shape(record: &Record) -> Result<(), Malformed> {
     match record.header.kind {
         RecordKind::EpochStart => AckPolicies::decode(&record.payload).map(drop),
         RecordKind::ViewChange => ViewChange::decode(&record.payload).map(drop),
+        RecordKind::DirtyChange => DirtyChange::decode(&record.payload).map(drop),
+        RecordKind::Resize => Resize::decode(&record.payload).map(drop),
         RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => Ok(()),
     }
 }
 
-/// Brings views, history and ack policies up to a record that is durable.
-pub fn note_durable(superblock: &mut Superblock, record: &Record) -> Result<(), Malformed> {
+/// The size that a record gives the volume, bytes.
+fn new_size(record: &Record) -> Option<u64> {
+    let is_resize = record.header.kind == RecordKind::Resize;
+    is_resize.then(|| Resize::decode(&record.payload).ok()).flatten().map(|resize| resize.size_bytes)
+}
+
+/// Brings views, history, ack policies and dirty bitmaps up to a record that is durable.
+pub fn note_durable(superblock: &mut Superblock, dirty: &mut DirtyMaps, record: &Record) -> Result<(), Malformed> {
     let position = record.header.position();
     if superblock.history.entries().last().is_none_or(|last| last.epoch < position.epoch) {
         superblock.history.note(position);
     }
+    // Not a record twice: the bitmaps would forget marks.
+    if position.seq > superblock.tracked_seq {
+        dirty.note(record, superblock.generation)?;
+    }
     match record.header.kind {
         RecordKind::EpochStart => superblock.acks = Some(AckPolicies::decode(&record.payload)?),
         RecordKind::ViewChange if position.seq > superblock.views.seq => {
-            superblock.views.change(ViewChange::decode(&record.payload)?.view, position.seq);
+            let change = ViewChange::decode(&record.payload)?;
+            superblock.views.change(change.view, change.forced, position.seq);
         }
-        RecordKind::ViewChange | RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => {}
+        RecordKind::ViewChange
+        | RecordKind::DirtyChange
+        | RecordKind::Resize
+        | RecordKind::Write
+        | RecordKind::Trim
+        | RecordKind::WriteZeroes => {}
     }
     Ok(())
 }

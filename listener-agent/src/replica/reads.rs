@@ -18,11 +18,19 @@ pub struct ReadJob {
     pub range: ByteRange,
 }
 
+/// A place among all changes of the image: after a record, and after so many copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) seq: Seq,
+    /// Which copy, counted from 1; zero if the place is before the copies that follow the record.
+    pub(super) copy: u64,
+}
+
 /// All reads of a replica.
 #[derive(Debug, Default)]
 pub(super) struct ReadQueue {
-    /// By the record that must be applied first.
-    waiting: BTreeMap<Seq, Vec<ReadJob>>,
+    /// By what must be applied first.
+    waiting: BTreeMap<Place, Vec<ReadJob>>,
     ready: VecDeque<ReadJob>,
     active: Vec<ReadJob>,
 }
@@ -32,21 +40,26 @@ impl ReadQueue {
         self.waiting.values().map(Vec::len).sum::<usize>() + self.ready.len() + self.active.len()
     }
 
-    pub(super) fn wait_for(&mut self, seq: Seq, job: ReadJob) {
-        self.waiting.entry(seq).or_default().push(job);
+    pub(super) fn wait_for(&mut self, place: Place, job: ReadJob) {
+        self.waiting.entry(place).or_default().push(job);
     }
 
     pub(super) fn make_ready(&mut self, job: ReadJob) {
         self.ready.push_back(job);
     }
 
-    pub(super) fn on_applied(&mut self, seq: Seq) {
+    pub(super) fn on_applied(&mut self, place: Place) {
         while let Some(entry) = self.waiting.first_entry() {
-            if *entry.key() > seq {
+            if *entry.key() > place {
                 break;
             }
             self.ready.extend(entry.remove());
         }
+    }
+
+    /// What was waited for will not come.
+    pub(super) fn stop_waiting(&mut self) {
+        self.ready.extend(std::mem::take(&mut self.waiting).into_values().flatten());
     }
 
     pub(super) fn has_ready(&self) -> bool {

@@ -6,7 +6,7 @@ use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
 
 use super::*;
 use crate::journal::{self, FILE_BYTES_MIN};
-use crate::superblock::Identity;
+use crate::superblock::{Identity, JournalTail};
 
 const BLOCK: u64 = 4096;
 const A: EngineId = [1; 16];
@@ -31,14 +31,18 @@ fn replica() -> Replica {
         lease_ms: 0,
         syncing: false,
         checkpoint: Position::default(),
+        image_bytes: 1 << 20,
         views: ViewState::initial(View::new(vec![name]).unwrap()),
         history: EpochHistory::default(),
         acks: None,
         tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
         stable: Seq(0),
+        tracked: Vec::new(),
+        tracked_seq: Seq(0),
     };
     let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
-    Replica::new(superblock, ring, Position::default(), NOW, false)
+    let dirty = DirtyMaps::of(&superblock);
+    Replica::new(superblock, ring, Position::default(), dirty, NOW, false)
 }
 
 /// A replica that promised epoch 1 to session 1 of engine A.
@@ -77,7 +81,7 @@ fn apply(r: &mut Replica) {
 
 fn write_superblock(r: &mut Replica) -> Superblock {
     let job = r.next_metadata(NOW).expect("there is a superblock to write");
-    r.metadata_done(NOW, &job, true);
+    r.metadata_done(NOW, &job, Ok(()));
     job.superblock
 }
 
@@ -122,7 +126,7 @@ fn a_promise_is_answered_only_when_it_is_durable() {
     r.handle(NOW, 1, promise(5, A));
     let job = r.next_metadata(NOW).unwrap();
     assert!(promise_given(&said(&mut r)).is_none());
-    r.metadata_done(NOW, &job, true);
+    r.metadata_done(NOW, &job, Ok(()));
     assert_eq!(promise_given(&said(&mut r)).unwrap().epoch, Epoch(5));
 }
 
@@ -146,7 +150,7 @@ fn the_next_engine_learns_how_long_the_one_before_may_count_on_its_lease() {
     r.open_session(2, B, later);
     r.handle(later, 2, promise(2, B));
     let job = r.next_metadata(later).unwrap();
-    r.metadata_done(later, &job, true);
+    r.metadata_done(later, &job, Ok(()));
     assert_eq!(promise_given(&said(&mut r)).unwrap().lease_remaining_ms, 600, "rounded up, never down");
 }
 
@@ -219,7 +223,7 @@ fn a_full_journal_goes_on_once_records_are_stable_and_a_checkpoint_gave_them_up(
     let job = r.next_metadata(NOW).unwrap();
     assert!(job.sync_image && job.superblock.checkpoint == durable);
     assert!(r.next_group().is_none(), "the superblock that gives them up is not durable yet");
-    r.metadata_done(NOW, &job, true);
+    r.metadata_done(NOW, &job, Ok(()));
     assert_eq!(r.next_group().unwrap().records[0].seq(), Seq(seq));
 }
 
@@ -247,7 +251,7 @@ fn a_failed_durable_write_poisons_for_good() {
     r.next_group().unwrap();
     r.group_done(false);
     assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Unusable));
-    assert_eq!(job.records.len(), 1);
+    assert_eq!(job.changes.ranges().len(), 1);
     r.apply_done(NOW, Ok(()));
     assert_eq!(r.condition(), Condition::Poisoned, "what still ends well heals nothing");
     assert!(r.next_group().is_none() && r.next_metadata(NOW).is_none() && r.next_apply(NOW).is_none());
@@ -260,7 +264,7 @@ fn a_full_disk_is_told_and_tried_again_with_blocks_in_doubt() {
     write_group(&mut r);
     said(&mut r);
     r.next_apply(NOW).unwrap();
-    r.apply_done(NOW, Err(ApplyError::NoSpace));
+    r.apply_done(NOW, Err(JobError::NoSpace));
     assert_eq!(said(&mut r), [(1, ToEngine::Condition(Condition::NoSpace))]);
     assert!(r.next_apply(NOW).is_none(), "not at once");
     let later = NOW + NO_SPACE_RETRY;

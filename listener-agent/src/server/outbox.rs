@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
 use protocol::ToEngine;
+use protocol::ranges::ByteRange;
 use tokio::sync::Notify;
 
 /// An engine that takes so little of what it asked for that more than this waits for it is cut off.
@@ -27,6 +28,7 @@ fn bulk_bytes(message: &ToEngine) -> usize {
     match message {
         ToEngine::ReadDone { outcome: protocol::message::ReadOutcome::Data { data, .. }, .. } => data.len() + 64,
         ToEngine::Fetched(record) => record.payload.len() + 64,
+        ToEngine::Dirty(dirty) => dirty.ranges.len() * size_of::<ByteRange>() + 64,
         ToEngine::ReadDone { .. }
         | ToEngine::Welcome(_)
         | ToEngine::Formatted
@@ -35,6 +37,10 @@ fn bulk_bytes(message: &ToEngine) -> usize {
         | ToEngine::Pong { .. }
         | ToEngine::FetchEnd { .. }
         | ToEngine::Condition(_)
+        | ToEngine::Begun
+        | ToEngine::Copied { .. }
+        | ToEngine::InSync
+        | ToEngine::Extended { .. }
         | ToEngine::Refused(_) => 64,
     }
 }

@@ -119,12 +119,14 @@ impl Replicas {
         };
         let label = format!("volume {} replica {}", identity.volume, identity.replica);
         let image = self.images.get(&identity.volume).cloned();
-        directory::create(&dir, &NewReplica { identity, view: format.view, image }).map_err(|e| match e {
-            DirectoryError::HasData { .. } | DirectoryError::InUse { .. } => {
-                refused(RefusedReason::HasData, e.to_string())
-            }
-            other => unusable(other.to_string()),
-        })?;
+        directory::create(&dir, &NewReplica { identity, view: format.view, image, syncing: format.syncing }).map_err(
+            |e| match e {
+                DirectoryError::HasData { .. } | DirectoryError::InUse { .. } => {
+                    refused(RefusedReason::HasData, e.to_string())
+                }
+                other => unusable(other.to_string()),
+            },
+        )?;
         info!("{label}: made in {}", dir.display());
         Ok(())
     }
