@@ -186,7 +186,7 @@ async fn format(target: &Target<'_>, uuid: VolumeUuid, view: &View) -> Result<()
         ReplicaPlace::Embedded { path, image } => {
             let identity =
                 Identity { uuid, volume: name(&volume.name), replica: target.name.clone(), size_bytes, journal_bytes };
-            let new = NewReplica { identity, view: view.clone(), image: image.clone() };
+            let new = NewReplica { identity, view: view.clone(), image: image.clone(), syncing: false };
             let dir = target.dir(path);
             let io_failed = |e| DirectoryError::Io { path: dir.clone(), cause: std::io::Error::other(e) };
             let making = dir.clone();
