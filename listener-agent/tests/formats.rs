@@ -13,28 +13,33 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use listener_agent::directory::{self, CHECKSUMS, IMAGE, JOURNAL, NewReplica, SUPERBLOCK};
+use listener_agent::directory::{self, CHECKSUMS, DIRTY, IMAGE, JOURNAL, NewReplica, SUPERBLOCK};
 use listener_agent::host::{Reach, ReplicaHost};
 use listener_agent::image::checksum_file_bytes;
-use listener_agent::inspect::{self, InspectReport};
+use listener_agent::inspect::{self, InspectReport, TrackedReport};
 use listener_agent::superblock::{self, FORMAT_VERSION, Identity};
 use protocol::quorum::AckPolicies;
-use protocol::ranges::ByteRange;
-use protocol::record::ViewChange;
+use protocol::ranges::{ByteRange, DIRTY_UNIT_BYTES};
+use protocol::record::{DirtyChange, DirtyStep, Resize, ViewChange};
 use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, Seq, ToAgent, ToEngine, View, VolumeUuid};
 
 const SIZE_BYTES: u64 = 64 * 1024;
+/// What the volume is grown to.
+const GROWN_BYTES: u64 = 128 * 1024;
 const JOURNAL_BYTES: u64 = 128 * 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 const BYTES_PER_LINE: usize = 32;
 
-/// The files of a replica and their sizes.
-fn files() -> [(&'static str, u64); 4] {
+/// The files of a replica and their sizes. A crash came before the volume was grown on disk.
+fn files(clean: bool) -> [(&'static str, u64); 5] {
+    let size = if clean { GROWN_BYTES } else { SIZE_BYTES };
+    let dirty_bytes = if clean { 4096 } else { 0 };
     [
         (SUPERBLOCK, superblock::FILE_BYTES),
         (JOURNAL, JOURNAL_BYTES),
-        (IMAGE, SIZE_BYTES),
-        (CHECKSUMS, checksum_file_bytes(SIZE_BYTES)),
+        (IMAGE, size),
+        (CHECKSUMS, checksum_file_bytes(size)),
+        (DIRTY, dirty_bytes),
     ]
 }
 
@@ -78,8 +83,18 @@ fn payload() -> Vec<u8> {
 
 /// One record of each kind, in order from place 1.
 fn records() -> Vec<Record> {
-    let change =
-        ViewChange { view: names(&["a", "b"]), subject: "c".parse().expect("a name"), unacknowledged: Vec::new() };
+    let name = |name: &str| name.parse().expect("a name");
+    let change = ViewChange {
+        view: names(&["a", "b"]),
+        subject: name("c"),
+        acknowledged: Seq(2),
+        unacknowledged: vec![ByteRange { offset: 0, length: SIZE_BYTES }],
+        forced: false,
+    };
+    let follow = |ranges| DirtyChange { subject: name("c"), step: DirtyStep::Follow { ranges } };
+    let copied =
+        DirtyChange { subject: name("c"), step: DirtyStep::Copied { until: DIRTY_UNIT_BYTES, followed: Seq(7) } };
+    let forget = DirtyChange { subject: name("d"), step: DirtyStep::Forget };
     let at = |offset, length| ByteRange { offset, length };
     let parts = [
         (
@@ -92,6 +107,11 @@ fn records() -> Vec<Record> {
         (RecordKind::Trim, at(16_384, 100), Vec::new()),
         (RecordKind::ViewChange, at(0, 0), change.encode().to_vec()),
         (RecordKind::WriteZeroes, at(5100, 10), Vec::new()),
+        (RecordKind::DirtyChange, at(0, 0), follow(vec![at(0, 4096)]).encode().to_vec()),
+        (RecordKind::DirtyChange, at(0, 0), copied.encode().to_vec()),
+        (RecordKind::DirtyChange, at(0, 0), forget.encode().to_vec()),
+        (RecordKind::Resize, at(0, 0), Resize { size_bytes: GROWN_BYTES }.encode().to_vec()),
+        (RecordKind::Write, at(GROWN_BYTES - 600, 600), payload()),
     ];
     let record = |(seq, (kind, range, payload)): (u64, (RecordKind, ByteRange, Vec<u8>))| {
         Record::new(Position { epoch: Epoch(1), seq: Seq(seq) }, kind, range, payload.into())
@@ -101,11 +121,12 @@ fn records() -> Vec<Record> {
 
 /// The volume as these records leave it.
 fn content() -> Vec<u8> {
-    let mut bytes = vec![0; SIZE_BYTES as usize];
+    let mut bytes = vec![0; GROWN_BYTES as usize];
     bytes[5000..5600].copy_from_slice(&payload());
     bytes[16_384..16_984].copy_from_slice(&payload());
     bytes[16_384..16_484].fill(0);
     bytes[5100..5110].fill(0);
+    bytes[GROWN_BYTES as usize - 600..].copy_from_slice(&payload());
     bytes
 }
 
@@ -118,7 +139,8 @@ fn make(dir: &Path, closed_in_good_order: bool) {
         size_bytes: SIZE_BYTES,
         journal_bytes: JOURNAL_BYTES,
     };
-    directory::create(dir, &NewReplica { identity, view: names(&["a", "b", "c"]), image: None }).expect("created");
+    let new = NewReplica { identity, view: names(&["a", "b", "c"]), image: None, syncing: false };
+    directory::create(dir, &new).expect("created");
     let host = ReplicaHost::open(dir, Reach::Network).expect("opened");
     let (said, heard) = mpsc::channel();
     let engine = [7; 16];
@@ -149,9 +171,9 @@ fn write_fixtures() {
         make(place.path(), clean);
         let kept = fixtures().join(format!("v{FORMAT_VERSION}")).join(story);
         fs::create_dir_all(&kept).expect("a directory for the fixture");
-        for (name, _) in files() {
+        for (name, _) in files(clean) {
             // What a crash leaves in image and checksums is anything between nothing and everything.
-            let lost = !clean && (name == IMAGE || name == CHECKSUMS);
+            let lost = !clean && (name == IMAGE || name == CHECKSUMS || name == DIRTY);
             let bytes = if lost { Vec::new() } else { fs::read(place.path().join(name)).expect("a file") };
             fs::write(kept.join(name), to_text(&bytes)).expect("a fixture");
         }
@@ -159,9 +181,9 @@ fn write_fixtures() {
 }
 
 /// The replica of a fixture, in a directory of its own.
-fn replica(fixture: &Path) -> tempfile::TempDir {
+fn replica(fixture: &Path, clean: bool) -> tempfile::TempDir {
     let place = tempfile::tempdir().expect("temporary directory");
-    for (name, length) in files() {
+    for (name, length) in files(clean) {
         let text = fs::read_to_string(fixture.join(name)).expect("a fixture");
         fs::write(place.path().join(name), from_text(&text, length)).expect("a file");
     }
@@ -174,17 +196,19 @@ fn versions() -> Vec<PathBuf> {
 }
 
 fn check_report(report: &InspectReport, clean: bool) {
-    let last = Position { epoch: Epoch(1), seq: Seq(6) };
+    let last = Position { epoch: Epoch(1), seq: Seq(11) };
     assert_eq!((report.volume.as_str(), report.replica.as_str()), ("fixture", "a"));
     assert_eq!(report.uuid, VolumeUuid([0x5a; 16]).to_string());
-    assert_eq!((report.size_bytes, report.position, report.promised), (SIZE_BYTES, last, Epoch(1)));
+    assert_eq!((report.size_bytes, report.position, report.promised), (GROWN_BYTES, last, Epoch(1)));
     assert_eq!((&report.views.view, &report.views.previous), (&names(&["a", "b"]), &names(&["a", "b", "c"])));
     assert_eq!((report.views.seq, report.syncing, report.clean), (Seq(5), false, clean));
     assert_eq!(report.history.entries().len(), 1);
-    assert_eq!((report.journal.records, report.journal.changes, report.journal.view_changes), (6, 4, 1));
+    assert_eq!((report.journal.records, report.journal.changes, report.journal.view_changes), (11, 5, 1));
     let checkpoint = if clean { last } else { Position::default() };
     assert_eq!(report.checkpoint, checkpoint);
     assert_eq!(report.journal.unapplied_records, last.seq.ahead_of(checkpoint.seq));
+    let tracked = TrackedReport { replica: "c".to_owned(), acknowledged: Seq(7), dirty_bytes: SIZE_BYTES };
+    assert_eq!(report.tracked, [tracked], "the last write");
 }
 
 #[test]
@@ -197,10 +221,16 @@ fn replicas_of_every_released_version_can_be_read() {
     for version in versions {
         for (story, clean) in [("crashed", false), ("clean", true)] {
             println!("fixture {} {story}", version.display());
-            let place = replica(&version.join(story));
+            let place = replica(&version.join(story), clean);
             check_report(&inspect::inspect(place.path()).expect("it can be inspected"), clean);
             let verified = inspect::verify(place.path(), &mut |_, _| {}).expect("it can be verified");
             assert_eq!(verified.bad, []);
+            if clean {
+                fs::remove_file(place.path().join(DIRTY)).expect("the bitmaps");
+                drop(directory::open(place.path()).expect("it can be opened"));
+                let report = inspect::inspect(place.path()).expect("it can be inspected");
+                assert_eq!(report.tracked, [], "of c nothing is known any more, so it is given everything");
+            }
 
             drop(directory::open(place.path()).expect("it can be opened"));
             assert_eq!(fs::read(place.path().join(IMAGE)).expect("the image"), content());

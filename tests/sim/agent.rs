@@ -6,14 +6,14 @@ use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
+use listener_agent::carry_out;
 use listener_agent::directory::recover;
 use listener_agent::image::Image;
 use listener_agent::journal::recover::RecoverError;
 use listener_agent::journal::{self, HEADER_BYTES, group};
-use listener_agent::replica::{ApplyError, ApplyJob, FetchJob, GroupJob, MetadataJob, ReadJob, Replica};
+use listener_agent::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, MetadataJob, ReadJob, Replica};
 use listener_agent::superblock::Superblock;
 use protocol::message::{Condition, ReadOutcome};
-use protocol::ranges::ByteRange;
 use protocol::{Record, ToAgent, ToEngine};
 
 use crate::disk::Disk;
@@ -51,6 +51,7 @@ enum Job {
     Metadata(Box<MetadataJob>),
     Read(ReadJob),
     Fetch(FetchJob),
+    Extend(ExtendJob),
 }
 
 impl Agent {
@@ -73,7 +74,7 @@ impl Agent {
 
 impl Process {
     fn readers(&self) -> usize {
-        self.jobs.values().filter(|j| matches!(j, Job::Read(_) | Job::Fetch(_))).count()
+        self.jobs.values().filter(|j| matches!(j, Job::Read(_) | Job::Fetch(_) | Job::Extend(_))).count()
     }
 
     /// The next job of any sort that its worker is free for.
@@ -91,7 +92,8 @@ impl Process {
             return None;
         }
         let read = self.replica.next_read().map(Job::Read);
-        read.or_else(|| self.replica.next_fetch().map(Job::Fetch))
+        let fetch = read.or_else(|| self.replica.next_fetch().map(Job::Fetch));
+        fetch.or_else(|| self.replica.next_extend().map(Job::Extend))
     }
 
     /// The rule that callers of the image live by.
@@ -100,15 +102,11 @@ impl Process {
             let Job::Read(read) = read else { continue };
             for job in self.jobs.values() {
                 let Job::Apply(apply) = job else { continue };
-                let clash = apply.records.iter().find(|r| changed(r).shares_block(read.range));
-                assert!(clash.is_none(), "read {read:?} and record {clash:?} are at work on one block");
+                let clash = apply.changes.ranges().into_iter().find(|r| r.shares_block(read.range));
+                assert!(clash.is_none(), "read {read:?} and a change of {clash:?} are at work on one block");
             }
         }
     }
-}
-
-fn changed(record: &Record) -> ByteRange {
-    record.header.range()
 }
 
 fn write_group(disk: &Disk, job: &GroupJob) -> io::Result<()> {
@@ -125,11 +123,32 @@ fn fetch(disk: &Disk, job: &FetchJob) -> Vec<Record> {
     job.segments.iter().flat_map(read).collect()
 }
 
-fn apply(image: &Image, job: &ApplyJob) -> Result<(), ApplyError> {
-    job.records.iter().try_for_each(|record| image.apply(record, job.trust)).map_err(|e| match e.kind() {
-        io::ErrorKind::StorageFull => ApplyError::NoSpace,
-        _ => ApplyError::Failed,
-    })
+/// Does the steps of a checkpoint before `stage`, and that one in part: the machine dies, or the process after so many
+/// writes.
+fn interrupt(disk: &Disk, image: &Image, job: &MetadataJob, stage: u64, writes: Option<u64>) {
+    let files = disk.files();
+    let steps: [&dyn Fn() -> bool; 3] =
+        [&|| carry_out::prepare_image(image, job).is_ok(), &|| carry_out::write_pages(&files, job).is_ok(), &|| {
+            carry_out::write_superblock(&files, job).is_ok()
+        }];
+    for (index, step) in (0..).zip(steps) {
+        let is_done = match writes {
+            _ if index < stage => step(),
+            _ if index > stage => false,
+            // A superblock is one write, which the system carries out once it was begun.
+            Some(writes) => {
+                disk.cut_short(writes, || _ = step());
+                false
+            }
+            None => {
+                disk.torn(|| _ = step());
+                false
+            }
+        };
+        if !is_done {
+            return;
+        }
+    }
 }
 
 impl World {
@@ -156,7 +175,8 @@ impl World {
         };
         agent.life += 1;
         let (life, durable) = (agent.life, opened.durable);
-        let replica = Replica::new(opened.superblock, opened.ring, durable, Time::ZERO, false);
+        let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
+        let replica = Replica::new(superblock, ring, durable, dirty, Time::ZERO, false);
         let image = Image::new(&agent.disk.files());
         let jobs = BTreeMap::new();
         agent.process = Some(Process { replica, image, started: self.now, jobs, next_job: 0 });
@@ -258,19 +278,20 @@ impl World {
                 process.replica.group_done(written);
             }
             Job::Apply(job) => {
-                let outcome = apply(&process.image, &job);
-                process.replica.apply_done(now, outcome);
+                let outcome = carry_out::apply(&process.image, &job);
+                process.replica.apply_done(now, outcome.map_err(|e| carry_out::job_error(&e)));
             }
             Job::Metadata(job) => {
-                let synced = if job.sync_image { process.image.sync() } else { Ok(()) };
-                let written = synced.and_then(|()| job.superblock.write(agent.disk.superblock.as_ref())).is_ok();
-                process.replica.metadata_done(now, &job, written);
+                let outcome = carry_out::write_metadata(&agent.disk.files(), &process.image, &job);
+                process.replica.metadata_done(now, &job, outcome.map_err(|e| e.error));
             }
             Job::Read(job) => {
                 let outcome = process.image.read(job.range);
-                // After a failed sync blocks may be anything; nobody is answered any more.
+                // After a failed sync blocks may be anything; nobody is answered any more. So may blocks that are still to
+                // be copied: no journal repairs what a crash left of an earlier copy.
                 if let ReadOutcome::ChecksumMismatch { offset } = outcome
                     && process.replica.condition() != Condition::Poisoned
+                    && !process.replica.superblock().syncing
                 {
                     assert!(
                         agent.rotten.contains(&offset),
@@ -280,6 +301,10 @@ impl World {
                 process.replica.read_done(job, outcome);
             }
             Job::Fetch(job) => process.replica.fetch_done(&job, fetch(&agent.disk, &job)),
+            Job::Extend(job) => {
+                let outcome = process.image.extend(job.size_bytes).map_err(|e| e.to_string());
+                process.replica.extend_done(job, outcome);
+            }
         }
         self.pump_agent(index);
     }
@@ -297,20 +322,13 @@ impl World {
                 // A write that the process began is carried out even if nobody waits for it.
                 Job::Group(job) if fate > 0 => _ = write_group(disk, &job),
                 Job::Apply(job) => {
-                    disk.cut_short(writes, || _ = apply(&process.image, &job));
+                    disk.cut_short(writes, || _ = carry_out::apply(&process.image, &job));
                 }
-                Job::Metadata(job) if fate > 0 => {
-                    let sync = || !job.sync_image || process.image.sync().is_ok();
-                    let write = || _ = job.superblock.write(disk.superblock.as_ref());
-                    match (power_cut, fate) {
-                        (true, 1) => disk.torn(|| _ = sync()),
-                        (false, 1) => _ = sync(),
-                        (true, _) if sync() => disk.torn(write),
-                        (false, _) if sync() => write(),
-                        (true | false, _) => {}
-                    }
+                Job::Metadata(job) => {
+                    let stage = self.rng.below(4);
+                    interrupt(disk, &process.image, &job, stage, (!power_cut).then_some(writes));
                 }
-                Job::Group(_) | Job::Metadata(_) | Job::Read(_) | Job::Fetch(_) => {}
+                Job::Group(_) | Job::Read(_) | Job::Fetch(_) | Job::Extend(_) => {}
             }
         }
         if power_cut {

@@ -1,4 +1,4 @@
-//! A simulated disk: four files, each with what is durable and what only the page cache holds. It loses, keeps or tears
+//! A simulated disk: five files, each with what is durable and what only the page cache holds. It loses, keeps or tears
 //! what was not made durable sector by sector, and fails where it is told to.
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ pub const SECTOR: usize = 512;
 #[derive(Debug)]
 struct Faults {
     rng: Rng,
-    /// The image has no room.
+    /// Image, checksums and dirty bitmaps have no room.
     full: bool,
     /// The next durable write, or sync, fails.
     fail_next: bool,
@@ -34,6 +34,8 @@ struct Bytes {
     durable: Vec<u8>,
     cached: Vec<u8>,
     dirty: BTreeSet<usize>,
+    /// What is behind may be cut off by a power cut.
+    durable_length: usize,
 }
 
 /// A file of the disk.
@@ -50,7 +52,8 @@ fn broken() -> io::Error {
 
 impl SimFile {
     fn new(length: usize, faults: &Arc<Mutex<Faults>>, can_be_full: bool) -> Arc<SimFile> {
-        let bytes = Bytes { durable: vec![0; length], cached: vec![0; length], dirty: BTreeSet::new() };
+        let (durable, cached) = (vec![0; length], vec![0; length]);
+        let bytes = Bytes { durable, cached, dirty: BTreeSet::new(), durable_length: length };
         Arc::new(SimFile { bytes: Mutex::new(bytes), faults: faults.clone(), can_be_full })
     }
 
@@ -79,10 +82,22 @@ impl SimFile {
                 bytes.lose(sector);
             }
         }
+        if faults.rng.percent(50) {
+            let length = bytes.durable_length;
+            bytes.durable.truncate(length);
+            bytes.cached.truncate(length);
+        }
+        bytes.durable_length = bytes.cached.len();
     }
 }
 
 impl Bytes {
+    fn grow(&mut self, length: usize) {
+        let length = length.next_multiple_of(SECTOR).max(self.cached.len());
+        self.durable.resize(length, 0);
+        self.cached.resize(length, 0);
+    }
+
     fn settle(&mut self, sector: usize) {
         let at = sector * SECTOR..(sector + 1) * SECTOR;
         self.durable[at.clone()].copy_from_slice(&self.cached[at]);
@@ -97,6 +112,7 @@ impl Bytes {
         if data.is_empty() {
             return;
         }
+        self.grow(offset + data.len());
         for sector in offset / SECTOR..=(offset + data.len() - 1) / SECTOR {
             // The system may have written the earlier version back at any time.
             if !self.dirty.insert(sector) && rng.percent(30) {
@@ -169,7 +185,16 @@ impl RawFile for SimFile {
                 }
             }
         }
-        if fails { Err(broken()) } else { Ok(()) }
+        if fails {
+            return Err(broken());
+        }
+        bytes.durable_length = bytes.cached.len();
+        Ok(())
+    }
+
+    fn grow(&self, length: u64) -> io::Result<()> {
+        self.bytes.lock().unwrap().grow(length as usize);
+        Ok(())
     }
 
     fn zero_range(&self, offset: u64, length: u64, _keep_allocated: bool) -> io::Result<()> {
@@ -189,6 +214,7 @@ pub struct Disk {
     pub journal: Arc<SimFile>,
     pub image: Arc<SimFile>,
     pub checksums: Arc<SimFile>,
+    pub dirty: Arc<SimFile>,
 }
 
 impl Disk {
@@ -203,6 +229,7 @@ impl Disk {
             journal: SimFile::new(identity.journal_bytes as usize, &faults, false),
             image: SimFile::new(identity.size_bytes as usize, &faults, true),
             checksums: SimFile::new(checksum_bytes as usize, &faults, true),
+            dirty: SimFile::new(0, &faults, true),
             faults,
         };
         let header = journal::encode_header(identity.uuid);
@@ -217,6 +244,25 @@ impl Disk {
             journal: self.journal.clone(),
             image: self.image.clone(),
             checksums: self.checksums.clone(),
+            dirty: self.dirty.clone(),
+        }
+    }
+
+    fn all_files(&self) -> [&Arc<SimFile>; 5] {
+        [&self.superblock, &self.journal, &self.image, &self.checksums, &self.dirty]
+    }
+
+    /// The bytes of all files as a reader would see them.
+    pub fn snapshot(&self) -> Vec<Vec<u8>> {
+        self.all_files().iter().map(|file| file.content()).collect()
+    }
+
+    /// Puts back an older state, durably.
+    pub fn restore(&self, snapshot: &[Vec<u8>]) {
+        for (file, content) in self.all_files().into_iter().zip(snapshot) {
+            let mut bytes = file.bytes.lock().unwrap();
+            let (durable, cached) = (content.clone(), content.clone());
+            *bytes = Bytes { durable, cached, dirty: BTreeSet::new(), durable_length: content.len() };
         }
     }
 
@@ -245,7 +291,7 @@ impl Disk {
     /// The machine dies: what was not made durable is lost or not.
     pub fn power_cut(&self) {
         let keep = self.faults.lock().unwrap().rng.pick(&[0, 30, 50, 90]);
-        for file in [&self.superblock, &self.journal, &self.image, &self.checksums] {
+        for file in self.all_files() {
             file.power_cut(keep);
         }
     }

@@ -126,7 +126,11 @@ fn a_replica_that_is_being_copied_to_does_not_stand_for_the_volume() {
     let e = w.start_engine(true);
     w.run_for(ms(30_000));
     assert!(!w.engines[e].is_serving());
-    assert!(w.refusals.iter().any(|r| matches!(r, StartRefusal::Missing { missing, .. } if missing[0].replica.as_str() == "a")));
+    assert!(
+        w.refusals
+            .iter()
+            .any(|r| matches!(r, StartRefusal::Missing { missing, .. } if missing[0].replica.as_str() == "a"))
+    );
     w.start_agent(0);
     assert!(w.run_until(LONG, |w| w.engines[e].is_serving()), "it waited for the one that it needs");
     w.everyone_is_back(e);

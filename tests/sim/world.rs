@@ -153,7 +153,7 @@ impl World {
                 size_bytes: setup.size_bytes,
                 journal_bytes: setup.journal_bytes,
             };
-            let new = NewReplica { identity, view: view.clone(), image: None };
+            let new = NewReplica { identity, view: view.clone(), image: None, syncing: false };
             Agent::new(Disk::format(&new, rng.fork()))
         };
         let agents: Vec<Agent> = names.iter().map(make).collect();

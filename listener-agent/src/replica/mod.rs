@@ -39,7 +39,7 @@ use protocol::message::{Condition, EngineId, Promised, ReadOutcome, Refused, Ref
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::{DirtyChange, Resize, ViewChange};
-use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, Seq, ToAgent, ToEngine};
+use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
 use crate::image::Trust;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
@@ -235,10 +235,16 @@ impl Replica {
         &self.superblock
     }
 
-    /// What replicas out of the view lack, and the size of the volume, as of the last durable record.
+    /// The replicas out of the view, and up to where each holds everything, as of the last durable record.
     #[must_use]
-    pub fn dirty(&self) -> &DirtyMaps {
-        &self.dirty
+    pub fn tracked(&self) -> Vec<(ReplicaName, Seq)> {
+        self.dirty.acknowledged()
+    }
+
+    /// Size of the volume as of the last durable record, bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.dirty.size_bytes()
     }
 
     /// Figures for people.
@@ -280,7 +286,7 @@ impl Replica {
         let identity = &self.superblock.identity;
         let welcome = Welcome {
             uuid: identity.uuid,
-            size_bytes: self.dirty.size_bytes(),
+            size_bytes: self.size_bytes(),
             journal_bytes: identity.journal_bytes,
             record_payload_bytes_max: record_payload_bytes_max(identity.journal_bytes),
             promised: self.superblock.promised,
@@ -430,7 +436,7 @@ impl Replica {
             syncing: self.superblock.syncing,
             journal_first: self.ring.first().unwrap_or(self.durable.seq.next()),
             stable: self.superblock.stable,
-            tracked: self.dirty.acknowledged(),
+            tracked: self.tracked(),
             lease_remaining_ms: self.leases.remaining_ms(now),
         };
         self.outbox.push_back((promise.session, ToEngine::Promised(promised)));
