@@ -612,6 +612,15 @@ impl<T> Volume<T> {
             })
         };
         let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
+        // With too few of the view in force nothing could ever be acknowledged, nor the others be dropped: rather wait for
+        // one from which those here can get what they lack.
+        if given_up == 0 {
+            let in_force = Membership::found(&truth.views).in_force;
+            let carrying = usable.iter().filter(|id| in_force.contains(&self.peers[**id].name)).count();
+            if carrying < self.view_change_needed(in_force.len()) {
+                return false;
+            }
+        }
         let goal = truth.position.seq;
         // What the source gave up all members hold; with all of them here, so do they what the last of them has. A
         // journal that is full of such records could not take what is to be replayed.

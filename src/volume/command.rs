@@ -8,7 +8,7 @@ use protocol::{BLOCK_BYTES, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent}
 
 use super::activation::Activation;
 use super::peer::{Lacks, Link, Peer, Role};
-use super::{DropReason, Event, Notice, PeerId, Phase, Time, Volume};
+use super::{Event, Notice, PeerId, Phase, Time, Volume};
 
 /// What an operator asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -162,8 +162,8 @@ impl<T> Volume<T> {
         }
     }
 
-    /// Lets a member go, in the order.
-    fn let_go(&mut self, now: Time, id: PeerId) -> Result<(), CommandRefusal> {
+    /// Lets a member go, as soon as others hold what it holds.
+    fn let_go(&mut self, id: PeerId) -> Result<(), CommandRefusal> {
         let replica = self.peers[id].name.clone();
         match self.peers[id].role {
             Role::Joining | Role::Unknown => return Err(CommandRefusal::Busy),
@@ -171,19 +171,15 @@ impl<T> Volume<T> {
             Role::Leaving | Role::Dropped | Role::Syncing | Role::Gone => return Ok(()),
             Role::Member => {}
         }
-        if self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
-            return Err(CommandRefusal::Busy);
-        }
-        let durable = self.peers[id].durable;
-        if !self.can_drop(id) || !self.another_holds(id, durable) {
+        if !self.can_drop(id) {
             return Err(CommandRefusal::Needed { replica });
         }
-        self.propose_drop(now, id, DropReason::Operator);
+        self.peers[id].must_leave = true;
         Ok(())
     }
 
     fn remove(&mut self, now: Time, id: PeerId) -> Result<(), CommandRefusal> {
-        self.let_go(now, id)?;
+        self.let_go(id)?;
         self.peers[id].is_removed = true;
         self.finish_removals(now);
         Ok(())
@@ -212,7 +208,7 @@ impl<T> Volume<T> {
     fn resync_now(&mut self, now: Time, id: PeerId, full: bool) -> Result<(), CommandRefusal> {
         let replica = self.peers[id].name.clone();
         match self.peers[id].role {
-            Role::Member if full => self.let_go(now, id)?,
+            Role::Member if full => self.let_go(id)?,
             Role::Member | Role::Joining => return Err(CommandRefusal::InSync { replica }),
             Role::Syncing if full => self.end_resync(now, "all of it is to be copied anew".to_owned()),
             Role::Syncing | Role::Leaving | Role::Dropped | Role::Gone | Role::Unknown => {}

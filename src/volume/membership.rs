@@ -135,6 +135,9 @@ impl<T> Volume<T> {
         if !self.another_holds(id, peer.durable) {
             return None;
         }
+        if peer.must_leave {
+            return Some(DropReason::Operator);
+        }
         if peer.condition == Condition::Poisoned {
             return Some(DropReason::Poisoned);
         }
@@ -220,6 +223,7 @@ impl<T> Volume<T> {
         self.tracked.insert(name.clone(), acknowledged);
         let peer = &mut self.peers[id];
         peer.role = Role::Leaving;
+        peer.must_leave = false;
         peer.backoff.lost(now, now.saturating_sub(peer.member_since));
         self.disconnect(now, id);
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));

@@ -102,6 +102,8 @@ pub(super) struct Peer {
     pub(super) member_since: Time,
     /// Since when there has been a connection.
     pub(super) linked_at: Time,
+    /// An operator wants it out of the view.
+    pub(super) must_leave: bool,
     /// It is to be forgotten once it is out of the view.
     pub(super) is_removed: bool,
     /// There is no replica where it should be.
@@ -145,6 +147,7 @@ impl Peer {
             backoff: Backoff::default(),
             member_since: now,
             linked_at: now,
+            must_leave: false,
             is_removed: false,
             holds_nothing: false,
             wants_full_resync: false,

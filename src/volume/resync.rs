@@ -60,7 +60,7 @@ enum Step {
     Follow(Box<Begin>),
     Begin { from: Seq },
     Copy { from: Seq, copying: Box<Copying> },
-    Finish { progress: (u64, u64), state: FinishState },
+    Finish { from: Seq, progress: (u64, u64), state: FinishState },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -357,14 +357,15 @@ impl<T> Volume<T> {
             self.tell_copied(now);
         }
         let Some(resync) = &mut self.resync else { return };
-        let Step::Copy { copying, .. } = &resync.step else { return };
+        let Step::Copy { from, copying } = &resync.step else { return };
+        let from = *from;
         if copying.is_under_way() {
             resync.rate.copying(now);
         }
         if copying.is_done() {
             let progress = copying.progress();
             self.tell_copied(now);
-            self.enter_resync(now, Step::Finish { progress, state: FinishState::CatchUp });
+            self.enter_resync(now, Step::Finish { from, progress, state: FinishState::CatchUp });
         }
     }
 
@@ -559,8 +560,13 @@ impl<T> Volume<T> {
     // ---- finish ------------------------------------------------------------------------------------------------
 
     /// Says that it is in sync, once it has nearly all records and what all members are known to hold, and no view change
-    /// stands in the way.
+    /// stands in the way. Its journal begins where it began to follow: all members must hold everything before that, or one
+    /// that lags could not be brought up from this journal by an engine that finds no better one.
     fn send_synced(&mut self, now: Time) {
+        let Step::Finish { from, .. } = &self.resync.as_ref().expect("the step is this one").step else { return };
+        if self.stable_seq().is_none_or(|stable| stable < *from) {
+            return;
+        }
         let Some(log) = &self.log else { return };
         let Some(resync) = &mut self.resync else { return };
         let peer = &mut self.peers[resync.peer];

@@ -1,6 +1,6 @@
 //! Engines as the runtime drives them, each with a client of its own that keeps requests under way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,6 +23,8 @@ pub struct Engine {
     pub alive: bool,
     pub frozen_until: Time,
     conns: Vec<Option<ConnId>>,
+    /// Peers that are not connected to any more.
+    removed: BTreeSet<usize>,
     /// Its epoch, once it serves.
     pub reign: Option<u64>,
     /// What the client waits for.
@@ -92,6 +94,7 @@ impl World {
             alive: true,
             frozen_until: Time::ZERO,
             conns: vec![None; self.setup.replicas],
+            removed: BTreeSet::new(),
             reign: None,
             outstanding: BTreeMap::new(),
             answers: BTreeMap::new(),
@@ -115,7 +118,8 @@ impl World {
     }
 
     pub fn dial(&mut self, engine: usize, peer: usize) {
-        if !self.engines[engine].alive || self.engines[engine].conns[peer].is_some() {
+        let at = &self.engines[engine];
+        if !at.alive || at.conns[peer].is_some() || at.removed.contains(&peer) {
             return;
         }
         let now = self.engine_now(engine);
@@ -212,6 +216,7 @@ impl World {
                 self.refusals.push(refusal);
             }
             Event::Removed(peer) => {
+                self.engines[engine].removed.insert(peer);
                 if let Some(conn) = self.engines[engine].conns[peer].take() {
                     self.close_from_engine(conn);
                 }
@@ -260,6 +265,15 @@ impl World {
             let (delay, take_over) = (self.rng.within(1, 300), self.rng.percent(50));
             self.after(ms(delay), Happening::StartEngine { take_over });
         }
+    }
+
+    /// Adds the replica of an agent that the engine has none of.
+    pub fn add_replica(&mut self, engine: usize, agent: usize) {
+        let now = self.engine_now(engine);
+        let added = self.engines[engine].volume.add_replica(now, replica_name(agent));
+        assert_eq!(added, Ok(agent), "peers are numbered as agents are");
+        self.engines[engine].removed.remove(&agent);
+        self.dial(engine, agent);
     }
 
     pub fn freeze_engine(&mut self, engine: usize, time: Duration) {

@@ -141,6 +141,7 @@ fn a_replica_that_is_being_copied_to_does_not_stand_for_the_volume() {
 fn a_tail_that_nobody_else_has_is_undone_where_it_was_applied() {
     let mut w = serving(wide(103, AckPolicy::Majority));
     (0..32).for_each(|unit| w.change_unit(0, unit));
+    w.run_for(ms(200));
     w.cut_off(1, ms(400));
     w.cut_off(2, ms(400));
     for unit in [2, 7, 30] {
@@ -314,16 +315,14 @@ fn a_removed_replica_is_forgotten_and_one_that_is_added_gets_everything() {
     (0..32).for_each(|unit| w.change_unit(0, unit));
     let replica: protocol::ReplicaName = "c".parse().unwrap();
     let now = w.engine_now(0);
-    w.engines[0].volume.command(now, Command::Remove { replica: replica.clone() }).unwrap();
+    w.engines[0].volume.command(now, Command::Remove { replica }).unwrap();
     w.pump_engine(0);
     assert!(w.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::Removed { .. }))));
     assert_eq!(w.view(0), "a b");
     w.change_unit(0, 3);
     w.run_for(ms(1000));
     assert!(w.agents[0].replica().tracked().is_empty(), "nothing is kept of it");
-    let now = w.engine_now(0);
-    assert_eq!(w.engines[0].volume.add_replica(now, replica), Ok(2));
-    w.dial(0, 2);
+    w.add_replica(0, 2);
     w.everyone_is_back(0);
     assert_eq!(w.copied_bytes, 32 * UNIT);
     assert!(w.durable(2) > Seq(0));
