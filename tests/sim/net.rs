@@ -113,7 +113,9 @@ impl World {
         if conn.open_at_agent {
             let (prefix, rest) = split(&frame);
             let message = prefix.to_agent(rest).expect("what was framed can be read");
-            self.trace(|| format!("e{engine} -> a{agent} #{id} {}", brief_to_agent(&message)));
+            if !matches!(message, ToAgent::Ping { .. }) {
+                self.trace(|| format!("e{engine} -> a{agent} #{id} {}", brief_to_agent(&message)));
+            }
             self.agent_message(id, message);
         }
         self.pump_engine(engine);
@@ -126,7 +128,9 @@ impl World {
         if conn.open_at_engine {
             let (prefix, rest) = split(&frame);
             let message = prefix.to_engine(rest).expect("what was framed can be read");
-            self.trace(|| format!("a{agent} -> e{engine} #{id} {}", brief_to_engine(&message)));
+            if !matches!(message, ToEngine::Pong { .. }) {
+                self.trace(|| format!("a{agent} -> e{engine} #{id} {}", brief_to_engine(&message)));
+            }
             self.engine_message(id, message);
         }
     }

@@ -302,6 +302,7 @@ impl Replica {
             self.current = None;
             self.copies.reset();
             self.drop_turn();
+            self.forget_lack_of_space();
         }
         if self.promise.is_some_and(|p| p.session == session && !p.writing) {
             self.promise = None;
@@ -676,6 +677,13 @@ impl Replica {
             self.unapplied_bytes -= u64::from(record.header.payload_length);
         }
         self.applied = last;
+    }
+
+    /// What waited for space may be gone: nothing would be tried again, and so never found possible.
+    fn forget_lack_of_space(&mut self) {
+        self.no_space_to_apply &= self.applied != self.durable || self.applying.is_some();
+        self.no_space_for_metadata &= self.applied != self.superblock.checkpoint || self.metadata_busy;
+        self.tell_condition();
     }
 
     fn tell_condition(&mut self) {

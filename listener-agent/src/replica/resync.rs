@@ -155,6 +155,7 @@ impl Replica {
         (self.received_size, self.applied_size) = (written.image_bytes, written.image_bytes);
         self.ring.release_before(Seq(u64::MAX));
         self.apply_in_doubt = false;
+        self.forget_lack_of_space();
         self.reads.stop_waiting();
         self.end_turn(ToEngine::Begun);
     }
