@@ -162,6 +162,11 @@ impl CopyQueue {
         }
     }
 
+    /// Whether a copy is not applied yet.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Whether every copy is durable.
     pub(super) fn is_settled(&self) -> bool {
         self.waiting.is_empty() && self.applied.is_none() && self.in_checkpoint.is_none()

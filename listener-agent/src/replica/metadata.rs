@@ -22,7 +22,7 @@ impl Replica {
         }
         self.promise = self.promise.filter(|p| p.writing);
         self.drop_turn();
-        self.copies.reset();
+        self.drop_copies();
         // Nobody was told of these, and there may be no room for them.
         self.forget_unwritten();
     }
@@ -43,7 +43,11 @@ impl Replica {
         let changed = self.applied != self.superblock.checkpoint;
         let waited = now.saturating_sub(self.last_checkpoint_at) >= CHECKPOINT_INTERVAL;
         let copied = self.copies.checkpoint_due_at().is_some_and(|due| now >= due);
-        under_pressure || copied || (self.checkpoint_due && (changed || freed > 0)) || (waited && changed)
+        under_pressure
+            || copied
+            || self.no_space_for_metadata
+            || (self.checkpoint_due && (changed || freed > 0))
+            || (waited && changed)
     }
 
     /// When [`Replica::next_metadata`] may have a job although nothing happens until then.

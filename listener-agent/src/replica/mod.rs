@@ -300,7 +300,7 @@ impl Replica {
         self.sessions.remove(&session);
         if self.current == Some(session) {
             self.current = None;
-            self.copies.reset();
+            self.drop_copies();
             self.drop_turn();
             self.forget_lack_of_space();
         }
@@ -405,7 +405,7 @@ impl Replica {
             }
         }
         self.current = None;
-        self.copies.reset();
+        self.drop_copies();
         self.drop_turn();
         self.forget_unwritten();
         self.promise = Some(PendingPromise { session, writing: false });
@@ -664,10 +664,23 @@ impl Replica {
                 if matches!(applying, Applying::Copies) {
                     self.copies.not_done();
                 }
+                self.forget_lack_of_space();
                 self.tell_condition();
             }
             Err(JobError::Failed) => self.poison(),
         }
+    }
+
+    /// Gives up copies that nobody waits for any more.
+    fn drop_copies(&mut self) {
+        self.copies.reset();
+        self.forget_lack_of_space();
+        self.tell_condition();
+    }
+
+    /// Where nothing is to be applied nothing will show that there is space again.
+    fn forget_lack_of_space(&mut self) {
+        self.no_space_to_apply &= self.copies.has_waiting() || self.applied != self.durable;
     }
 
     fn on_records_applied(&mut self, last: Position) {

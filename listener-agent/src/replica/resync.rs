@@ -66,7 +66,7 @@ impl Replica {
             return self.refuse_protocol(session, &format!("the replica cannot begin anew: {text}"));
         }
         self.forget_unwritten();
-        self.copies.reset();
+        self.drop_copies();
         self.fetches.clear();
         self.turn = Some(Turn { session, step: TurnStep::Begin(Box::new(begin)), writing: false });
     }
