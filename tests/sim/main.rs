@@ -27,7 +27,7 @@ use std::time::SystemTime;
 use crate::world::{World, start_trace, take_trace};
 
 const SEEDS: u64 = 1000;
-const TRACE_LINES_SHOWN: usize = 120;
+const TRACE_LINES_SHOWN: usize = 40000;
 
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;

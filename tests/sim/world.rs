@@ -25,7 +25,7 @@ pub const fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-const TRACE_LINES_MAX: usize = 4000;
+const TRACE_LINES_MAX: usize = 40000;
 
 thread_local! {
     static TRACE: RefCell<Option<VecDeque<String>>> = const { RefCell::new(None) };

@@ -14,6 +14,9 @@ use super::{PENDING_BYTES_MAX, Replica, SessionId};
 use crate::image::SIZE_BYTES_MAX;
 use crate::superblock::{JournalTail, Superblock, TRACKED_MAX};
 
+#[cfg(test)]
+mod tests;
+
 /// Requests for room that wait, at most.
 const EXTENDS_MAX: usize = 16;
 

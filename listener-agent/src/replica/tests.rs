@@ -8,12 +8,12 @@ use super::*;
 use crate::journal::{self, FILE_BYTES_MIN};
 use crate::superblock::{Identity, JournalTail};
 
-const BLOCK: u64 = 4096;
-const A: EngineId = [1; 16];
-const B: EngineId = [2; 16];
-const NOW: Time = Time::from_secs(1);
+pub(super) const BLOCK: u64 = 4096;
+pub(super) const A: EngineId = [1; 16];
+pub(super) const B: EngineId = [2; 16];
+pub(super) const NOW: Time = Time::from_secs(1);
 
-fn replica() -> Replica {
+pub(super) fn replica() -> Replica {
     let name: ReplicaName = "a".parse().unwrap();
     let superblock = Superblock {
         identity: Identity {
@@ -46,7 +46,7 @@ fn replica() -> Replica {
 }
 
 /// A replica that promised epoch 1 to session 1 of engine A.
-fn promised() -> Replica {
+pub(super) fn promised() -> Replica {
     let mut r = replica();
     r.open_session(1, A, NOW);
     r.handle(NOW, 1, promise(1, A));
@@ -55,48 +55,48 @@ fn promised() -> Replica {
     r
 }
 
-fn promise(epoch: u64, engine: EngineId) -> ToAgent {
+pub(super) fn promise(epoch: u64, engine: EngineId) -> ToAgent {
     ToAgent::Promise { epoch: Epoch(epoch), engine, lease_ms: 1000 }
 }
 
-fn write_at(epoch: u64, seq: u64, offset: u64, length: u64) -> ToAgent {
+pub(super) fn write_at(epoch: u64, seq: u64, offset: u64, length: u64) -> ToAgent {
     let position = Position { epoch: Epoch(epoch), seq: Seq(seq) };
     let payload = Bytes::from(vec![seq as u8; length as usize]);
     ToAgent::Append(Record::new(position, RecordKind::Write, ByteRange { offset, length }, payload))
 }
 
-fn append(r: &mut Replica, seq: u64, offset: u64) {
+pub(super) fn append(r: &mut Replica, seq: u64, offset: u64) {
     r.handle(NOW, 1, write_at(1, seq, offset, BLOCK));
 }
 
-fn write_group(r: &mut Replica) {
+pub(super) fn write_group(r: &mut Replica) {
     r.next_group().expect("there is a group to write");
     r.group_done(true);
 }
 
-fn apply(r: &mut Replica) {
+pub(super) fn apply(r: &mut Replica) {
     r.next_apply(NOW).expect("there are records to apply");
     r.apply_done(NOW, Ok(()));
 }
 
-fn write_superblock(r: &mut Replica) -> Superblock {
+pub(super) fn write_superblock(r: &mut Replica) -> Superblock {
     let job = r.next_metadata(NOW).expect("there is a superblock to write");
     r.metadata_done(NOW, &job, Ok(()));
     job.superblock
 }
 
-fn said(r: &mut Replica) -> Vec<(SessionId, ToEngine)> {
+pub(super) fn said(r: &mut Replica) -> Vec<(SessionId, ToEngine)> {
     std::iter::from_fn(|| r.poll_outbox()).collect()
 }
 
-fn refusal(said: &[(SessionId, ToEngine)], session: SessionId) -> Option<RefusedReason> {
+pub(super) fn refusal(said: &[(SessionId, ToEngine)], session: SessionId) -> Option<RefusedReason> {
     said.iter().find_map(|(to, message)| match message {
         ToEngine::Refused(refused) if *to == session => Some(refused.reason),
         _ => None,
     })
 }
 
-fn promise_given(said: &[(SessionId, ToEngine)]) -> Option<&Promised> {
+pub(super) fn promise_given(said: &[(SessionId, ToEngine)]) -> Option<&Promised> {
     said.iter().find_map(|(_, message)| if let ToEngine::Promised(p) = message { Some(p) } else { None })
 }
 

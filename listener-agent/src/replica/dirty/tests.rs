@@ -204,7 +204,8 @@ struct NaiveMaps {
 
 impl NaiveMaps {
     fn units(&self, r: ByteRange) -> BTreeSet<u64> {
-        (0..units_in(self.size)).filter(|u| r.overlaps(range(u * UNIT, UNIT.min(self.size - u * UNIT)))).collect()
+        let is_in = |u: &u64| u * UNIT < self.size && r.overlaps(range(u * UNIT, UNIT.min(self.size - u * UNIT)));
+        (r.offset / UNIT..).take_while(is_in).collect()
     }
 
     fn note(&mut self, seq: u64, op: &Op) {
@@ -461,7 +462,10 @@ impl World {
         let mut world = World::new();
         for event in events {
             match event {
-                Event::Op(op) => world.op(op),
+                Event::Op(op) => {
+                    world.op(op);
+                    continue;
+                }
                 Event::Persist { meanwhile, written } => world.persist(meanwhile, *written),
                 Event::Crash { kept, torn } => world.crash(*kept, *torn),
             }
