@@ -319,7 +319,7 @@ fn write_journal(shared: &Shared) {
 fn apply_changes(shared: &Shared) {
     while let Some(job) = shared.next_job(&shared.apply_work, Replica::next_apply) {
         let outcome = carry_out::apply(&shared.image, &job);
-        let result = outcome.as_ref().map(|()| ()).map_err(carry_out::job_error);
+        let result = outcome.as_ref().copied().map_err(carry_out::job_error);
         if result == Err(JobError::Failed) {
             shared.report("applying to the image", &outcome);
         }

@@ -227,15 +227,10 @@ impl Entry {
     fn bytes(&self, from: u64, size_bytes: u64, count: impl Fn(&Page, &Range<usize>) -> u64) -> u64 {
         let of = |units: &Range<u64>| {
             let solid = self.solid.end.min(units.end).saturating_sub(self.solid.start.max(units.start));
+            let parts = outside(units, &self.solid);
+            let bits = |index: u64| parts.iter().map(move |part| bits_in(index, part)).filter(|bits| !bits.is_empty());
             let pages = self.pages.range(pages_of(units));
-            let in_part = |index: u64, page: &Page, part: &Range<u64>| {
-                let bits = bits_in(index, part);
-                if bits.is_empty() { 0 } else { count(page, &bits) }
-            };
-            let in_page = |(index, page): (&u64, &Box<Page>)| {
-                outside(units, &self.solid).iter().map(|part| in_part(*index, page, part)).sum::<u64>()
-            };
-            solid + pages.map(in_page).sum::<u64>()
+            solid + pages.flat_map(|(index, page)| bits(*index).map(|bits| count(page, &bits))).sum::<u64>()
         };
         let total = units_in(size_bytes);
         let first = from / DIRTY_UNIT_BYTES;

@@ -520,7 +520,7 @@ fn the_account_of_a_replica_in_a_dropped_tail_is_not_taken_for_a_later_one() {
     r.checkpoint(5);
     (5..=9).for_each(|seq| r.append(seq, 5 * DIRTY_UNIT_BYTES));
     r.checkpoint(10);
-    say(&mut r.replica, ToAgent::Begin(begin(3)));
+    say(&mut r.replica, ToAgent::Begin(Begin { tracked: Vec::new(), ..begin(3) }));
     r.work();
     say(&mut r.replica, dropped(4, 2));
     r.append(5, 0);
