@@ -131,8 +131,8 @@ impl Replica {
                 }
             }
             Purpose::Begin => {
-                self.on_begun(written);
                 self.on_space_for_metadata();
+                self.on_begun(written);
             }
             Purpose::Synced => {
                 self.superblock.syncing = false;

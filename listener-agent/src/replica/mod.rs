@@ -302,7 +302,6 @@ impl Replica {
             self.current = None;
             self.drop_copies();
             self.drop_turn();
-            self.forget_lack_of_space();
         }
         if self.promise.is_some_and(|p| p.session == session && !p.writing) {
             self.promise = None;
@@ -665,7 +664,6 @@ impl Replica {
                     self.copies.not_done();
                 }
                 self.forget_lack_of_space();
-                self.tell_condition();
             }
             Err(JobError::Failed) => self.poison(),
         }
@@ -675,12 +673,12 @@ impl Replica {
     fn drop_copies(&mut self) {
         self.copies.reset();
         self.forget_lack_of_space();
-        self.tell_condition();
     }
 
-    /// Where nothing is to be applied nothing will show that there is space again.
+    /// Where nothing is to be applied nothing will show that there is space again. A checkpoint is tried until it is taken.
     fn forget_lack_of_space(&mut self) {
         self.no_space_to_apply &= self.copies.has_waiting() || self.applied != self.durable;
+        self.tell_condition();
     }
 
     fn on_records_applied(&mut self, last: Position) {
@@ -690,13 +688,6 @@ impl Replica {
             self.unapplied_bytes -= u64::from(record.header.payload_length);
         }
         self.applied = last;
-    }
-
-    /// What waited for space may be gone: nothing would be tried again, and so never found possible.
-    fn forget_lack_of_space(&mut self) {
-        self.no_space_to_apply &= self.applied != self.durable || self.applying.is_some();
-        self.no_space_for_metadata &= self.applied != self.superblock.checkpoint || self.metadata_busy;
-        self.tell_condition();
     }
 
     fn tell_condition(&mut self) {
