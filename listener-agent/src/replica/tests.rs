@@ -5,6 +5,7 @@ use protocol::message::{Condition, Promised, ReadOutcome};
 use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
 
 use super::*;
+use crate::image::Trust;
 use crate::journal::{self, FILE_BYTES_MIN};
 use crate::superblock::{Identity, JournalTail};
 
