@@ -1,4 +1,5 @@
-//! What an engine reports about itself: the JSON of `/status`, which is also that of `nbdcast status --json`.
+//! What an engine reports about itself: the JSON of `/status`, which is also that of `nbdcast status --json`, and that of
+//! `/events`.
 //!
 //! Owns the shape and names of the report, a contract with programs outside, and its rendering for people. Collects
 //! nothing itself: a `StatusSource` does.
@@ -16,6 +17,9 @@ pub use table::render;
 pub trait StatusSource: Send + Sync + 'static {
     /// The state at this moment.
     fn status(&self) -> StatusReport;
+
+    /// The last events of all volumes, oldest first.
+    fn events(&self) -> Vec<EventStatus>;
 }
 
 /// The whole engine.
@@ -42,6 +46,8 @@ pub struct VolumeStatus {
     pub view: Vec<String>,
     /// What it does for its clients.
     pub state: VolumeState,
+    /// Why it cannot start, while it waits for replicas; null otherwise.
+    pub blocked: Option<String>,
     /// The ack policies in force.
     pub ack: AckStatus,
     /// Acknowledged bytes held by fewer than two replicas.
@@ -52,6 +58,10 @@ pub struct VolumeStatus {
     pub reads: u64,
     /// Writes, TRIMs and WRITE_ZEROES answered since the engine started.
     pub writes: u64,
+    /// Bytes of these reads.
+    pub read_bytes: u64,
+    /// Bytes of these writes; TRIM and WRITE_ZEROES carry none.
+    pub written_bytes: u64,
     /// Recent latencies as clients see them, in microseconds.
     pub latency_us: LatencyStatus,
 }
@@ -98,6 +108,8 @@ pub struct ReplicaStatus {
     pub lag_ms: u64,
     /// Progress of a running resync; null if none runs.
     pub resync: Option<ResyncStatus>,
+    /// Why it is not in order, as far as that is known; null for a member.
+    pub reason: Option<String>,
     /// Blocks found to differ from their checksum since the engine started.
     pub checksum_errors: u64,
     /// Of these, repaired from another member.
@@ -151,6 +163,44 @@ pub struct Percentiles {
     pub p99: u64,
 }
 
+/// Something that happened to a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventStatus {
+    /// When, in milliseconds since 1970-01-01 UTC.
+    pub time_ms: u64,
+    /// Name of the volume.
+    pub volume: String,
+    /// Name of the replica; null if the event concerns all of the volume.
+    pub replica: Option<String>,
+    /// How serious it is.
+    pub severity: EventSeverity,
+    /// What happened, one line.
+    pub text: String,
+}
+
+/// How serious an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventSeverity {
+    /// As it should be.
+    Info,
+    /// Worth a look.
+    Warning,
+    /// Something is lost or stands still until somebody acts.
+    Error,
+}
+
+impl EventSeverity {
+    /// The word used in reports.
+    pub fn word(self) -> &'static str {
+        match self {
+            EventSeverity::Info => "info",
+            EventSeverity::Warning => "warning",
+            EventSeverity::Error => "error",
+        }
+    }
+}
+
 impl VolumeState {
     /// The word used in reports.
     pub fn word(self) -> &'static str {
@@ -198,6 +248,9 @@ impl StatusReport {
             .iter()
             .filter(troubled)
             .map(|volume| {
+                if let Some(blocked) = &volume.blocked {
+                    return format!("volume {} does not start: {blocked}", volume.name);
+                }
                 let absent: Vec<String> = volume
                     .replicas
                     .iter()

@@ -5,17 +5,38 @@ use std::sync::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::client::{AdminUrl, AskError, ask_status};
+use super::control::{Order, OrderOutcome, OrderRefused};
 use super::*;
 use crate::status::tests::sample;
-use crate::status::{StatusReport, VolumeState};
+use crate::status::{EventSeverity, EventStatus, StatusReport, VolumeState};
 
-struct Fixed(Mutex<StatusReport>);
+/// Says always the same, and keeps the orders it gets.
+struct Fixed(Mutex<StatusReport>, Mutex<Vec<Order>>);
 
 impl StatusSource for Fixed {
     fn status(&self) -> StatusReport {
         self.0.lock().expect("not poisoned").clone()
     }
+
+    fn events(&self) -> Vec<EventStatus> {
+        let (volume, text) = ("vol0".to_owned(), "back, 3 records behind".to_owned());
+        vec![EventStatus { time_ms: 7, volume, replica: Some("b".to_owned()), severity: EventSeverity::Info, text }]
+    }
 }
+
+impl Control for Fixed {
+    fn order(&self, volume: &str, order: Order) -> OrderOutcome {
+        let known = volume == "vol0";
+        if known {
+            self.1.lock().expect("not poisoned").push(order);
+        }
+        let message = format!("there is no volume {volume}");
+        let refused = OrderRefused { is_unknown: true, message, remedy: Some("name vol0".to_owned()) };
+        Box::pin(async move { if known { Ok("done".to_owned()) } else { Err(refused) } })
+    }
+}
+
+const JSON: &str = "Content-Type: application/json\r\n";
 
 struct Running {
     address: SocketAddr,
@@ -29,9 +50,9 @@ impl Running {
         let any = "127.0.0.1:0".parse().expect("an address");
         let server = AdminServer::bind(&any).await.expect("a free port");
         let address = server.local_address();
-        let source = Arc::new(Fixed(Mutex::new(sample())));
+        let source = Arc::new(Fixed(Mutex::new(sample()), Mutex::default()));
         let (stop, stopping) = watch::channel(false);
-        let task = tokio::spawn(server.serve(Arc::clone(&source) as Arc<dyn StatusSource>, stopping));
+        let task = tokio::spawn(server.serve(Arc::clone(&source) as Arc<dyn Control>, stopping));
         Running { address, source, stop, task }
     }
 
@@ -47,6 +68,11 @@ impl Running {
         // A server that cuts a bad request off may reset the connection after its answer.
         let _ = stream.read_to_string(&mut answer).await;
         answer
+    }
+
+    async fn post(&self, path: &str, headers: &str, body: &str) -> String {
+        let length = body.len();
+        self.send(&format!("POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {length}\r\n\r\n{body}")).await
     }
 
     async fn get(&self, path: &str) -> String {
@@ -102,6 +128,69 @@ async fn other_paths_and_methods_are_refused() {
     assert!(answer.contains("allow: GET, HEAD"), "{answer}");
     let answer = running.send("HEAD /status HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn events_are_given_as_json() {
+    let running = Running::start().await;
+    let answer = running.get("/events").await;
+    let event = r#"[{"time_ms":7,"volume":"vol0","replica":"b","severity":"info","text":"back, 3 records behind"}]"#;
+    assert!(answer.ends_with(&format!("\r\n\r\n{event}")), "{answer}");
+}
+
+#[tokio::test]
+async fn an_order_is_carried_out_and_answered() {
+    let running = Running::start().await;
+    let answer = running.post("/volumes/vol0/resize", JSON, r#"{"size":"2GiB"}"#).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with(r#"{"message":"done"}"#), "{answer}");
+    let answer = running.send("DELETE /volumes/vol0/replicas/b HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let remove = Order::RemoveReplica { replica: "b".to_owned() };
+    let size = listener_agent::config::ByteSize::gib(2);
+    assert_eq!(*running.source.1.lock().expect("not poisoned"), [Order::Resize { size }, remove]);
+
+    let answer = running.post("/volumes/other/resize", JSON, r#"{"size":"2GiB"}"#).await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    assert!(answer.ends_with("\r\n\r\nthere is no volume other\n  remedy: name vol0\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn orders_that_a_web_page_could_give_are_refused() {
+    let running = Running::start().await;
+    let body = r#"{"size":"2GiB"}"#;
+    for (header, code) in [
+        ("Content-Type: text/plain\r\n", 415),
+        ("", 415),
+        ("Content-Type: application/json\r\nOrigin: http://localhost:10808\r\n", 403),
+        ("Content-Type: application/json\r\nOrigin: null\r\n", 403),
+    ] {
+        let answer = running.post("/volumes/vol0/resize", header, body).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{header}: {answer}");
+    }
+    let delete = "DELETE /volumes/vol0/replicas/b HTTP/1.1\r\nHost: x\r\nOrigin: http://evil\r\n\r\n";
+    assert!(running.send(delete).await.starts_with("HTTP/1.1 403 "));
+    assert!(running.source.1.lock().expect("not poisoned").is_empty(), "nothing was ordered");
+}
+
+#[tokio::test]
+async fn orders_that_make_no_sense_are_refused_before_anyone_sees_them() {
+    let running = Running::start().await;
+    let long = format!(r#"{{"size":"{}"}}"#, "1".repeat(BODY_BYTES_MAX));
+    for (path, body, code) in [
+        ("/volumes/vol0/resize", "", 400),
+        ("/volumes/vol0/resize", "{", 400),
+        ("/volumes/vol0/resize", r#"{"size":"2GB"}"#, 400),
+        ("/volumes/vol0/resize", long.as_str(), 413),
+        ("/volumes/vol0/activate", r#"{"without":["b"],"accept_data_loss":false}"#, 400),
+        ("/volumes/vol0/replicas/b", "{}", 405),
+        ("/volumes/vol0/nothing", "{}", 404),
+    ] {
+        let answer = running.post(path, JSON, body).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{path}: {answer}");
+    }
+    let answer = running.get("/volumes/vol0/resize").await;
+    assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains("allow: POST"), "{answer}");
+    assert!(running.source.1.lock().expect("not poisoned").is_empty(), "nothing was ordered");
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ pub(super) async fn run(args: DemoArgs) -> Result<(), Failure> {
     if let Some(listen) = args.admin {
         config.admin.listen = listen;
     }
-    serve::run(&config, false, |uris, admin| announce(uris, admin, &dir)).await
+    serve::run(&config, false, |uri, admin| announce(uri, admin, &dir)).await
 }
 
 /// The demo's directory, created if needed, as an absolute path without links.
@@ -127,11 +127,8 @@ fn keep(file: &Path, text: &str) -> io::Result<()> {
 }
 
 /// The bare URI on standard output, for scripts; what to do with it on standard error, for people.
-fn announce(uris: &[String], admin: &AdminUrl, dir: &Path) -> Result<(), Failure> {
-    for uri in uris {
-        say(uri)?;
-    }
-    let uri = uris.first().map_or("", String::as_str);
+fn announce(uri: &str, admin: &AdminUrl, dir: &Path) -> Result<(), Failure> {
+    say(uri)?;
     let text = hints(uri, admin, dir);
     // Without standard error there is nobody to help.
     let _ = io::stderr().write_all(text.as_bytes());

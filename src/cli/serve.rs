@@ -1,37 +1,43 @@
 //! Runs an engine in the foreground until a signal or a failure, with its admin server beside it.
 //!
 //! Owns the order of starting and stopping. The admin address is taken first, so that a busy port is reported before any
-//! replica is touched; it answers once the volumes serve.
+//! replica is touched; it answers while volumes still start. A volume that waits for replicas does not keep others from
+//! being served, and is served itself once it can be.
+
+use std::collections::BTreeSet;
 
 use listener_agent::config::Endpoint;
-use listener_agent::console::{Failure, SHUTDOWN_MAX, ShutdownSignals, say};
+use listener_agent::console::{Failure, SHUTDOWN_MAX, ShutdownSignals, print_failure, say};
 use tokio::sync::watch;
 
 use super::PROGRAM;
 use crate::admin::client::AdminUrl;
 use crate::admin::{AdminError, AdminServer};
 use crate::config::EngineConfig;
-use crate::runtime::{Engine, StartError, StartOptions};
+use crate::runtime::{Engine, EngineEvent, StartError, StartOptions, refusal_remedy};
 
-/// Prints one line `ready URI` per volume.
-pub(super) fn announce_ready(uris: &[String], _admin: &AdminUrl) -> Result<(), Failure> {
-    uris.iter().try_for_each(|uri| say(format_args!("ready {uri}")))
+/// Reasons why volumes wait that are remembered, so that each is told once.
+const REASONS_MAX: usize = 100;
+
+/// Prints the line `ready URI` of a volume.
+pub(super) fn announce_ready(uri: &str, _admin: &AdminUrl) -> Result<(), Failure> {
+    say(format_args!("ready {uri}"))
 }
 
-/// Serves `config` until SIGTERM or SIGINT; `announce` is called once when every volume serves.
+/// Serves `config` until SIGTERM or SIGINT; `announce` is called for every volume once it serves.
 ///
 /// Returns within 5 s of the signal, with success if everything in flight was finished and marked clean.
 pub(super) async fn run(
     config: &EngineConfig,
     take_over: bool,
-    announce: impl FnOnce(&[String], &AdminUrl) -> Result<(), Failure>,
+    announce: impl FnMut(&str, &AdminUrl) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     warn_if_open("nbd.listen", &config.nbd.listen);
     warn_if_open("admin.listen", &config.admin.listen);
     let mut signals = ShutdownSignals::install()?;
     let admin = AdminServer::bind(&config.admin.listen).await.map_err(admin_failure)?;
     let admin_url = AdminUrl::from(admin.local_address());
-    let engine = tokio::select! {
+    let mut engine = tokio::select! {
         started = Engine::start(config, StartOptions { take_over }) => started.map_err(not_started)?,
         name = signals.next() => {
             tracing::info!(signal = name, "stopped before any volume was served");
@@ -40,26 +46,55 @@ pub(super) async fn run(
     };
     // Dropping `stop` at the end of this function ends the admin server.
     let (_stop, stopping) = watch::channel(false);
-    tokio::spawn(admin.serve(engine.status_source(), stopping));
-    tracing::info!(admin = %admin_url, "serving");
-    announce(&engine.uris(), &admin_url)?;
+    tokio::spawn(admin.serve(engine.control(), stopping));
+    tracing::info!(admin = %admin_url, "started");
 
-    let failure = tokio::select! {
-        failure = engine.failed() => Some(failure),
+    let ended = tokio::select! {
+        failure = follow(&mut engine, &admin_url, announce) => Err(failure),
         name = signals.next() => {
             tracing::info!(signal = name, "stopping");
-            None
+            Ok(())
         }
     };
     signals.exit_on_next(PROGRAM);
     let stopped = shut_down(engine).await;
-    match failure {
-        None => stopped,
-        Some(failure) => {
+    match ended {
+        Ok(()) => stopped,
+        Err(failure) => {
             if let Err(also) = stopped {
                 tracing::warn!(error = also.message, "the failed engine did not stop cleanly");
             }
-            Err(Failure::failed(failure))
+            Err(failure)
+        }
+    }
+}
+
+/// Tells what happens to the engine, until it must stop.
+async fn follow(
+    engine: &mut Engine,
+    admin: &AdminUrl,
+    mut announce: impl FnMut(&str, &AdminUrl) -> Result<(), Failure>,
+) -> Failure {
+    let mut told = BTreeSet::new();
+    loop {
+        match engine.next_event().await {
+            EngineEvent::Ready { uri } => {
+                if let Err(failure) = announce(&uri, admin) {
+                    return failure;
+                }
+            }
+            EngineEvent::Blocked { volume, refusal } => {
+                let message = format!("volume {volume} waits to be started: {refusal}");
+                if told.len() >= REASONS_MAX {
+                    told.clear();
+                }
+                if told.insert(message.clone()) {
+                    let failure = Failure::failed(message).remedy(refusal_remedy(&volume, &refusal));
+                    print_failure(PROGRAM, &failure);
+                }
+            }
+            EngineEvent::NotStarted(error) => return not_started(error),
+            EngineEvent::Failed(failure) => return Failure::failed(failure),
         }
     }
 }

@@ -12,7 +12,7 @@ pub struct ExportInfo {
     pub name: String,
     /// Text for people, shown in lists; may be empty; at most 4096 bytes.
     pub description: String,
-    /// Size in bytes; need not be a multiple of anything.
+    /// Size in bytes at this moment; need not be a multiple of anything.
     pub size_bytes: u64,
     /// Whether changes are refused with EPERM.
     pub read_only: bool,
@@ -114,8 +114,11 @@ impl std::fmt::Debug for Completion {
 
 /// A volume as the NBD front sees it.
 pub trait Backend: Send + Sync + 'static {
-    /// What to advertise. Must not change while the export is served.
-    fn export(&self) -> &ExportInfo;
+    /// What to advertise to a client that connects now. Only the size may change while the export is served.
+    fn export(&self) -> ExportInfo;
+
+    /// Size in bytes at this moment, asked for every request. It never shrinks.
+    fn size_bytes(&self) -> u64;
 
     /// Takes one request. Must not block; may call `done` inline or later from any thread. Every request gets its
     /// place in the volume's order at the time of this call.

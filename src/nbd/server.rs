@@ -92,8 +92,8 @@ impl NbdServer {
             return Err(PublishError::TooLong { name });
         }
         let mut exports = self.exports.write().unwrap_or_else(PoisonError::into_inner);
-        let names: HashSet<&str> = exports.iter().map(|other| &*other.export().name).collect();
-        if names.contains(&*name) {
+        let names: HashSet<String> = exports.iter().map(|other| other.export().name).collect();
+        if names.contains(&name) {
             return Err(PublishError::Duplicate { name });
         }
         *exports = exports.iter().cloned().chain([backend]).collect();

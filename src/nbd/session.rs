@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use super::backend::{Backend, Completion, Request};
+use super::backend::{Backend, Completion, ExportInfo, Request};
 use super::budget::Charge;
 use super::constants::{CMD_READ, CMD_WRITE, OPTION_DATA_BYTES_MAX, OPTION_HEADER_BYTES, REQUEST_HEADER_BYTES};
 use super::handshake::{Handshake, HandshakeError, Progress, greeting};
@@ -108,7 +108,8 @@ async fn negotiate(
     write: &WriteHalf,
     exports: &[Arc<dyn Backend>],
 ) -> Result<(usize, BytesMut), SessionEnd> {
-    let mut handshake = Handshake::new(exports.iter().map(|backend| backend.export()).collect());
+    let infos: Vec<ExportInfo> = exports.iter().map(|backend| backend.export()).collect();
+    let mut handshake = Handshake::new(infos.iter().collect());
     let mut chunk = [0; 4096];
     let input_bytes_max = OPTION_HEADER_BYTES + OPTION_DATA_BYTES_MAX as usize;
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
@@ -178,7 +179,7 @@ struct Transmission {
     shared: Arc<Shared>,
     shutdown: watch::Receiver<bool>,
     backend: Arc<dyn Backend>,
-    rules: ExportRules,
+    read_only: bool,
     style: ReplyStyle,
 }
 
@@ -190,9 +191,8 @@ impl Transmission {
         shutdown: watch::Receiver<bool>,
         backend: Arc<dyn Backend>,
     ) -> Self {
-        let export = backend.export();
-        let rules = ExportRules { size_bytes: export.size_bytes, read_only: export.read_only };
-        Self { intake, outbox, cork: None, shared, shutdown, backend, rules, style: ReplyStyle::Simple }
+        let read_only = backend.export().read_only;
+        Self { intake, outbox, cork: None, shared, shutdown, backend, read_only, style: ReplyStyle::Simple }
     }
 
     async fn take_in_requests(&mut self) -> SessionEnd {
@@ -237,7 +237,8 @@ impl Transmission {
             self.outbox.outstanding_below(limit).await;
             waited = true;
         }
-        let done = match judge(&header, self.rules, self.stopping()) {
+        let rules = ExportRules { size_bytes: self.backend.size_bytes(), read_only: self.read_only };
+        let done = match judge(&header, rules, self.stopping()) {
             Verdict::Disconnect => return Err(SessionEnd::Goodbye),
             Verdict::HangUp => {
                 let length = header.length;

@@ -4,18 +4,17 @@
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use listener_agent::directory::DirectoryError;
 use listener_agent::host::{Reach, ReplicaHost, Session};
+use protocol::ToAgent;
 use protocol::message::Hello;
-use protocol::{ToAgent, View};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 
-use super::volume_task::VolumeTask;
-use crate::volume::PeerId;
+use super::seat::Seat;
 
 const REOPEN_AFTER: Duration = Duration::from_millis(100);
 /// Records handed over at a time, bytes.
@@ -38,7 +37,7 @@ struct Shared {
     /// Counts the sessions: what an earlier one still says is not heard.
     generation: AtomicU64,
     disconnect: Notify,
-    volume: OnceLock<Weak<VolumeTask>>,
+    seat: OnceLock<Arc<Seat>>,
 }
 
 /// A link to a replica in this process.
@@ -85,7 +84,7 @@ impl EmbeddedLink {
             pump: Mutex::default(),
             generation: AtomicU64::new(0),
             disconnect: Notify::new(),
-            volume: OnceLock::new(),
+            seat: OnceLock::new(),
         });
         let opened = open_host(&shared).await;
         let link = EmbeddedLink { shared: shared.clone(), task: OnceLock::new() };
@@ -98,14 +97,9 @@ impl EmbeddedLink {
         }
     }
 
-    /// The last view that the replica knows of; `None` if it cannot be opened.
-    pub(super) fn view(&self) -> Option<View> {
-        locked(&self.shared.host).as_ref().map(|host| host.view())
-    }
-
-    pub(super) fn start(&self, volume: Weak<VolumeTask>, peer: PeerId) {
-        let _ = self.shared.volume.set(volume);
-        let _ = self.task.set(tokio::spawn(keep_connected(self.shared.clone(), peer)).abort_handle());
+    pub(super) fn start(&self, seat: Arc<Seat>) {
+        let _ = self.shared.seat.set(seat.clone());
+        let _ = self.task.set(tokio::spawn(keep_connected(self.shared.clone(), seat)).abort_handle());
     }
 
     pub(super) fn disconnect(&self) {
@@ -113,7 +107,8 @@ impl EmbeddedLink {
     }
 
     /// Hands over what the volume has for the replica, unless another thread is at it and will see to it.
-    pub(super) fn pump(&self, volume: &VolumeTask, peer: PeerId) {
+    pub(super) fn pump(&self) {
+        let Some(seat) = self.shared.seat.get() else { return };
         {
             let mut pump = locked(&self.shared.pump);
             pump.again = true;
@@ -124,9 +119,9 @@ impl EmbeddedLink {
         }
         loop {
             locked(&self.shared.pump).again = false;
-            let messages = volume.take_outbox(peer, BATCH_BYTES);
+            let messages = seat.take_outbox(BATCH_BYTES).unwrap_or_default();
             if !messages.is_empty() {
-                self.hand_over(peer, messages);
+                self.hand_over(messages);
                 continue;
             }
             let mut pump = locked(&self.shared.pump);
@@ -137,12 +132,12 @@ impl EmbeddedLink {
         }
     }
 
-    fn hand_over(&self, peer: PeerId, messages: Vec<ToAgent>) {
+    fn hand_over(&self, messages: Vec<ToAgent>) {
         let mut messages = messages.into_iter().peekable();
         if let Some(ToAgent::Hello(hello)) = messages.peek() {
             let hello = hello.clone();
             messages.next();
-            self.open_session(peer, &hello);
+            self.open_session(&hello);
         }
         let session = locked(&self.shared.session).clone();
         if let Some(session) = session {
@@ -150,7 +145,7 @@ impl EmbeddedLink {
         }
     }
 
-    fn open_session(&self, peer: PeerId, hello: &Hello) {
+    fn open_session(&self, hello: &Hello) {
         let Some(host) = locked(&self.shared.host).clone() else { return };
         let generation = self.shared.generation.load(Ordering::SeqCst);
         let shared = Arc::downgrade(&self.shared);
@@ -159,8 +154,8 @@ impl EmbeddedLink {
             Arc::new(move |message| {
                 let Some(shared) = shared.upgrade() else { return };
                 let current = shared.generation.load(Ordering::SeqCst) == generation;
-                if let Some(volume) = shared.volume.get().and_then(Weak::upgrade).filter(|_| current) {
-                    volume.received(peer, [message]);
+                if let Some(seat) = shared.seat.get().filter(|_| current) {
+                    seat.received([message]);
                 }
             }),
         );
@@ -201,17 +196,16 @@ async fn close_if_poisoned(shared: &Shared) {
 
 /// Keeps a session open: begins a new one when the volume wanted the last one ended, and reopens the replica if it left
 /// service.
-async fn keep_connected(shared: Arc<Shared>, peer: PeerId) {
+async fn keep_connected(shared: Arc<Shared>, seat: Arc<Seat>) {
     loop {
-        let volume = || shared.volume.get().and_then(Weak::upgrade);
         let is_open = locked(&shared.host).is_some();
         if !is_open {
             match open_host(&shared).await {
                 Ok(host) => *locked(&shared.host) = Some(host),
                 Err(e) => {
-                    let Some(volume) = volume() else { return };
-                    volume.disconnected(peer, e.to_string());
-                    drop(volume);
+                    if !seat.disconnected(e.to_string()) {
+                        return;
+                    }
                     tokio::time::sleep(REOPEN_AFTER * 10).await;
                     continue;
                 }
@@ -223,17 +217,16 @@ async fn keep_connected(shared: Arc<Shared>, peer: PeerId) {
             disconnected.set(shared.disconnect.notified());
             disconnected.as_mut().enable();
         }
-        match volume() {
-            Some(volume) => volume.connected(peer),
-            None => return,
+        if !seat.connected() {
+            return;
         }
         disconnected.await;
         shared.generation.fetch_add(1, Ordering::SeqCst);
         let session = locked(&shared.session).take();
         drop(session);
-        let Some(volume) = volume() else { return };
-        volume.disconnected(peer, "the session was ended".to_owned());
-        drop(volume);
+        if !seat.disconnected("the session was ended".to_owned()) {
+            return;
+        }
         close_if_poisoned(&shared).await;
         tokio::time::sleep(REOPEN_AFTER).await;
     }

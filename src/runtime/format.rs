@@ -1,20 +1,22 @@
-//! Making a new volume: all replicas are looked at first, so that nothing is begun if one holds data or cannot be
-//! reached; then each is formatted.
+//! Making replicas. For a new volume all of them are looked at first, so that nothing is begun if one holds data or cannot
+//! be reached; then each is formatted. A replica that a volume at work lacks is made in the same way, marked as one that
+//! must be copied to before it counts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use listener_agent::config::Endpoint;
+use listener_agent::config::{ByteSize, Endpoint};
 use listener_agent::connection::{ConnectionError, FrameReader, write_frames};
 use listener_agent::directory::{self, DirectoryError, NewReplica};
 use listener_agent::superblock::Identity;
 use protocol::message::{Format, Hello, RefusedReason};
 use protocol::wire::{Prefix, frame_to_agent};
-use protocol::{Epoch, ReplicaName, ToAgent, ToEngine, View, VolumeUuid};
+use protocol::{Epoch, ToAgent, ToEngine, View, VolumeUuid};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tracing::info;
 
+use super::seat::name;
 use crate::config::{EngineConfig, ReplicaPlace, VolumeConfig};
 
 const GREET_MAX: Duration = Duration::from_secs(5);
@@ -32,6 +34,14 @@ pub enum CreateError {
         /// The names there are.
         known: String,
     },
+    /// A replica cannot be made.
+    #[error(transparent)]
+    Replica(#[from] FormatError),
+}
+
+/// Why a replica is not made.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
     /// A directory of this machine cannot be used.
     #[error("volume {volume}, replica {replica}: {cause}")]
     Directory {
@@ -74,7 +84,7 @@ impl CreateError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CreateError::NoVolume { .. } => 2,
-            CreateError::Directory { .. } | CreateError::Agent { .. } | CreateError::Refused { .. } => 1,
+            CreateError::Replica(_) => 1,
         }
     }
 
@@ -83,50 +93,92 @@ impl CreateError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             CreateError::NoVolume { .. } => Some("give one of these names, or none for all".to_owned()),
-            CreateError::Directory { cause, .. } => cause.remedy(),
-            CreateError::Agent { address, .. } => {
+            CreateError::Replica(cause) => cause.remedy(),
+        }
+    }
+}
+
+impl FormatError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            FormatError::Directory { cause, .. } => cause.remedy(),
+            FormatError::Agent { address, .. } => {
                 Some(format!("start it: listener-agent --listen {address} --data DIR; or correct `address`"))
             }
-            CreateError::Refused { .. } => {
+            FormatError::Refused { .. } => {
                 Some("to begin anew, stop the agent and move its DATA/VOLUME directory away first".to_owned())
             }
         }
     }
 }
 
-/// A replica to be made, and how errors name it.
-struct Target<'a> {
-    volume: &'a VolumeConfig,
-    name: ReplicaName,
-    place: &'a ReplicaPlace,
+/// A replica to be made.
+pub(super) struct Target<'a> {
+    /// The name of its volume.
+    pub(super) volume: &'a str,
+    /// Its own name.
+    pub(super) replica: &'a str,
+    /// Where.
+    pub(super) place: &'a ReplicaPlace,
+}
+
+/// What it is to be.
+pub(super) struct Shape {
+    /// The volume's identity.
+    pub(super) uuid: VolumeUuid,
+    /// Size of the volume, bytes.
+    pub(super) size_bytes: u64,
+    /// Size of the journal, bytes.
+    pub(super) journal_bytes: u64,
+    /// The first view that it knows.
+    pub(super) view: View,
+    /// It must be copied to before it counts.
+    pub(super) syncing: bool,
+}
+
+/// What is where a replica is to be.
+pub(super) enum Found {
+    /// Nothing that would be lost.
+    Nothing,
+    /// This replica of that volume; it never served, so that it may be made anew.
+    Unserved(VolumeUuid),
+    /// This replica of that volume.
+    Replica(VolumeUuid),
 }
 
 impl Target<'_> {
-    fn directory_error(&self, cause: DirectoryError) -> CreateError {
-        CreateError::Directory { volume: self.volume.name.clone(), replica: self.name.to_string(), cause }
+    fn directory_error(&self, cause: DirectoryError) -> FormatError {
+        FormatError::Directory { volume: self.volume.to_owned(), replica: self.replica.to_owned(), cause }
     }
 
-    fn agent_error(&self, address: &Endpoint, cause: impl Into<ConnectionError>) -> CreateError {
-        CreateError::Agent {
-            volume: self.volume.name.clone(),
-            replica: self.name.to_string(),
-            address: address.clone(),
-            cause: cause.into(),
+    fn agent_error(&self, address: &Endpoint, cause: impl Into<ConnectionError>) -> FormatError {
+        let (volume, replica) = (self.volume.to_owned(), self.replica.to_owned());
+        FormatError::Agent { volume, replica, address: address.clone(), cause: cause.into() }
+    }
+
+    fn refused(&self, address: &Endpoint, text: String) -> FormatError {
+        let (volume, replica) = (self.volume.to_owned(), self.replica.to_owned());
+        FormatError::Refused { volume, replica, address: address.clone(), text }
+    }
+
+    /// The refusal of a place with data of another volume.
+    pub(super) fn has_data(&self, uuid: VolumeUuid) -> FormatError {
+        match self.place {
+            ReplicaPlace::Embedded { path, .. } => self.directory_error(DirectoryError::HasData {
+                path: self.dir(path),
+                volume: self.volume.to_owned(),
+                replica: self.replica.to_owned(),
+                uuid,
+            }),
+            ReplicaPlace::Agent(address) => self.refused(address, format!("it holds data of volume {uuid}")),
         }
     }
 
-    fn refused(&self, address: &Endpoint, text: String) -> CreateError {
-        let (volume, replica) = (self.volume.name.clone(), self.name.to_string());
-        CreateError::Refused { volume, replica, address: address.clone(), text }
+    fn dir(&self, path: &Path) -> PathBuf {
+        path.join(self.volume)
     }
-
-    fn dir(&self, path: &std::path::Path) -> PathBuf {
-        path.join(&self.volume.name)
-    }
-}
-
-fn name(text: &str) -> ReplicaName {
-    text.parse().expect("names are checked with the configuration")
 }
 
 /// Formats all replicas of `volume`, or of every volume. Refuses before anything is changed if one holds data.
@@ -140,38 +192,50 @@ pub async fn create(config: &EngineConfig, volume: Option<&str>) -> Result<Vec<S
     }
     let mut lines = Vec::new();
     for volume in chosen {
-        let uuid = VolumeUuid(*uuid::Uuid::new_v4().as_bytes());
-        let targets: Vec<Target<'_>> =
-            volume.replicas.iter().map(|r| Target { volume, name: name(&r.name), place: &r.place }).collect();
-        for target in &targets {
-            look_at(target).await?;
+        let targets =
+            || volume.replicas.iter().map(|r| Target { volume: &volume.name, replica: &r.name, place: &r.place });
+        for target in targets() {
+            match look_at(&target).await? {
+                Found::Nothing | Found::Unserved(_) => {}
+                Found::Replica(uuid) => return Err(target.has_data(uuid).into()),
+            }
         }
-        let view = View::new(targets.iter().map(|t| t.name.clone()).collect())
-            .expect("replicas are checked with the configuration");
-        for target in &targets {
-            info!("volume {}, replica {}: formatting, journal of {}", volume.name, target.name, volume.journal_size());
-            format(target, uuid, &view).await?;
-            lines.push(format!("created volume {} ({uuid}), replica {}", volume.name, target.name));
+        let shape = Shape {
+            uuid: VolumeUuid(*uuid::Uuid::new_v4().as_bytes()),
+            size_bytes: volume.size.bytes(),
+            journal_bytes: volume.journal_size().bytes(),
+            view: View::new(targets().map(|t| name(t.replica)).collect())
+                .expect("replicas are checked with the configuration"),
+            syncing: false,
+        };
+        for target in targets() {
+            format(&target, &shape).await?;
+            lines.push(format!("created volume {} ({}), replica {}", volume.name, shape.uuid, target.replica));
         }
     }
     Ok(lines)
 }
 
-/// Refuses a replica that holds data or cannot be reached.
-async fn look_at(target: &Target<'_>) -> Result<(), CreateError> {
+/// What is where the replica is to be. An error if it is something else than a replica of this name and of a volume of
+/// this name, or cannot be reached.
+pub(super) async fn look_at(target: &Target<'_>) -> Result<Found, FormatError> {
     match target.place {
-        ReplicaPlace::Embedded { path, .. } => {
-            directory::refuse_data(&target.dir(path)).map_err(|e| target.directory_error(e))
-        }
+        ReplicaPlace::Embedded { path, .. } => match directory::refuse_data(&target.dir(path)) {
+            Ok(()) => Ok(Found::Nothing),
+            Err(DirectoryError::HasData { volume, replica, uuid, .. })
+                if volume == target.volume && replica == target.replica =>
+            {
+                Ok(Found::Replica(uuid))
+            }
+            Err(e) => Err(target.directory_error(e)),
+        },
         ReplicaPlace::Agent(address) => {
-            let (volume, replica) = (name(&target.volume.name), target.name.clone());
+            let (volume, replica) = (name(target.volume), name(target.replica));
             let hello = ToAgent::Hello(Hello { volume, replica, engine: *uuid::Uuid::new_v4().as_bytes() });
             match ask(target, address, hello, GREET_MAX).await? {
-                ToEngine::Welcome(welcome) if welcome.promised == Epoch(0) => Ok(()),
-                ToEngine::Welcome(welcome) => {
-                    Err(target.refused(address, format!("it holds data of volume {}", welcome.uuid)))
-                }
-                ToEngine::Refused(refused) if refused.reason == RefusedReason::NoReplica => Ok(()),
+                ToEngine::Welcome(welcome) if welcome.promised == Epoch(0) => Ok(Found::Unserved(welcome.uuid)),
+                ToEngine::Welcome(welcome) => Ok(Found::Replica(welcome.uuid)),
+                ToEngine::Refused(refused) if refused.reason == RefusedReason::NoReplica => Ok(Found::Nothing),
                 ToEngine::Refused(refused) => Err(target.refused(address, refused.text)),
                 other => Err(target.refused(address, format!("unexpected answer {}", other.number()))),
             }
@@ -179,14 +243,16 @@ async fn look_at(target: &Target<'_>) -> Result<(), CreateError> {
     }
 }
 
-async fn format(target: &Target<'_>, uuid: VolumeUuid, view: &View) -> Result<(), CreateError> {
-    let volume = target.volume;
-    let (size_bytes, journal_bytes) = (volume.size.bytes(), volume.journal_size().bytes());
+/// Makes the replica. The place must have room for it.
+pub(super) async fn format(target: &Target<'_>, shape: &Shape) -> Result<(), FormatError> {
+    let Shape { uuid, size_bytes, journal_bytes, ref view, syncing } = *shape;
+    let journal = ByteSize::from_bytes(journal_bytes);
+    info!("volume {}, replica {}: formatting, journal of {journal}", target.volume, target.replica);
+    let (volume, replica, view) = (name(target.volume), name(target.replica), view.clone());
     match target.place {
         ReplicaPlace::Embedded { path, image } => {
-            let identity =
-                Identity { uuid, volume: name(&volume.name), replica: target.name.clone(), size_bytes, journal_bytes };
-            let new = NewReplica { identity, view: view.clone(), image: image.clone(), syncing: false };
+            let identity = Identity { uuid, volume, replica, size_bytes, journal_bytes };
+            let new = NewReplica { identity, view, image: image.clone(), syncing };
             let dir = target.dir(path);
             let io_failed = |e| DirectoryError::Io { path: dir.clone(), cause: std::io::Error::other(e) };
             let making = dir.clone();
@@ -194,11 +260,8 @@ async fn format(target: &Target<'_>, uuid: VolumeUuid, view: &View) -> Result<()
             made.unwrap_or_else(|e| Err(io_failed(e))).map_err(|e| target.directory_error(e))
         }
         ReplicaPlace::Agent(address) => {
-            let (volume, replica) = (name(&volume.name), target.name.clone());
-            let view = view.clone();
-            let format =
-                ToAgent::Format(Format { volume, replica, uuid, size_bytes, journal_bytes, view, syncing: false });
-            match ask(target, address, format, FORMAT_MAX).await? {
+            let format = Format { volume, replica, uuid, size_bytes, journal_bytes, view, syncing };
+            match ask(target, address, ToAgent::Format(format), FORMAT_MAX).await? {
                 ToEngine::Formatted => Ok(()),
                 ToEngine::Refused(refused) => Err(target.refused(address, refused.text)),
                 other => Err(target.refused(address, format!("unexpected answer {}", other.number()))),
@@ -213,7 +276,7 @@ async fn ask(
     address: &Endpoint,
     question: ToAgent,
     time_max: Duration,
-) -> Result<ToEngine, CreateError> {
+) -> Result<ToEngine, FormatError> {
     let timed_out = |_| ConnectionError::Io(std::io::ErrorKind::TimedOut.into());
     let asking = async {
         match address {

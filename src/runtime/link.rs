@@ -3,7 +3,7 @@
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use listener_agent::config::Endpoint;
@@ -15,8 +15,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::volume_task::VolumeTask;
-use crate::volume::PeerId;
+use super::seat::Seat;
 
 const DIAL_MAX: Duration = Duration::from_secs(2);
 const REDIAL_MIN: Duration = Duration::from_millis(50);
@@ -47,8 +46,8 @@ impl AgentLink {
         AgentLink { endpoint, signals: Arc::default(), task: OnceLock::new() }
     }
 
-    pub(super) fn start(&self, volume: Weak<VolumeTask>, peer: PeerId) {
-        let dialer = Dialer { endpoint: self.endpoint.clone(), signals: self.signals.clone(), volume, peer };
+    pub(super) fn start(&self, seat: Arc<Seat>) {
+        let dialer = Dialer { endpoint: self.endpoint.clone(), signals: self.signals.clone(), seat };
         let _ = self.task.set(tokio::spawn(dialer.run()).abort_handle());
     }
 
@@ -83,8 +82,7 @@ impl Drop for AgentLink {
 struct Dialer {
     endpoint: Endpoint,
     signals: Arc<Signals>,
-    volume: Weak<VolumeTask>,
-    peer: PeerId,
+    seat: Arc<Seat>,
 }
 
 impl Dialer {
@@ -93,9 +91,9 @@ impl Dialer {
         while !self.signals.finishing.load(Ordering::SeqCst) {
             let begun = Instant::now();
             let reason = self.connect_and_serve().await;
-            let Some(volume) = self.volume.upgrade() else { return };
-            volume.disconnected(self.peer, reason);
-            drop(volume);
+            if !self.seat.disconnected(reason) {
+                break;
+            }
             // A connection that held was not the agent's trouble.
             wait = if begun.elapsed() > REDIAL_MAX * 2 { REDIAL_MIN } else { (wait * 2).min(REDIAL_MAX) };
             tokio::select! {
@@ -144,9 +142,8 @@ impl Dialer {
             ended_by_volume.set(self.signals.disconnect.notified());
             ended_by_volume.as_mut().enable();
         }
-        match self.volume.upgrade() {
-            Some(volume) => volume.connected(self.peer),
-            None => return "the engine stopped".to_owned(),
+        if !self.seat.connected() {
+            return "the replica was removed, or the engine stopped".to_owned();
         }
         let ended = tokio::select! {
             ended = self.write(writer) => ended,
@@ -162,17 +159,16 @@ impl Dialer {
     async fn read<R: AsyncRead + Unpin>(&self, mut reader: FrameReader<R>) -> Result<(), ConnectionError> {
         loop {
             let messages = reader.read(Prefix::to_engine).await?;
-            let Some(volume) = self.volume.upgrade() else { return Ok(()) };
-            volume.received(self.peer, messages);
+            if !self.seat.received(messages) {
+                return Ok(());
+            }
         }
     }
 
     async fn write<W: AsyncWrite + Unpin>(&self, mut writer: W) -> Result<(), ConnectionError> {
         loop {
             let finishing = self.signals.finishing.load(Ordering::SeqCst);
-            let Some(volume) = self.volume.upgrade() else { return Ok(()) };
-            let messages = volume.take_outbox(self.peer, BATCH_BYTES);
-            drop(volume);
+            let Some(messages) = self.seat.take_outbox(BATCH_BYTES) else { return Ok(writer.shutdown().await?) };
             if !messages.is_empty() {
                 write_frames(&mut writer, messages.iter().map(frame_to_agent).collect()).await?;
             } else if finishing {

@@ -1,32 +1,38 @@
 //! The engine at work: joins the volumes' state machines with the NBD server, the agents and the clock.
 //!
-//! [`volume_task`] holds a volume and carries out what it wants, [`link`] keeps the connection to a listener agent,
-//! [`embedded`] does the same for a replica in this process, [`format`] makes new volumes, [`report`] says how things
-//! stand. No rule of ordering or replication is made here.
+//! [`volume_task`] holds a volume and carries out what it wants, [`front`] lets its clients in, [`link`] keeps the connection to a listener agent,
+//! [`embedded`] does the same for a replica in this process, [`seat`] ties either to its volume, [`format`] makes new
+//! replicas, [`orders`] does what an operator asks for, [`report`] says how things stand and [`events`] what happened. No
+//! rule of ordering or replication is made here.
 
 mod embedded;
+mod events;
 mod format;
+mod front;
 mod latency;
 mod link;
+mod orders;
 mod report;
+mod seat;
 mod volume_task;
 
 use std::io;
 use std::net::ToSocketAddrs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use listener_agent::config::Endpoint;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tracing::info;
 
+use crate::admin::control::Control;
 use crate::config::EngineConfig;
-use crate::nbd::{Backend, BindError, Limits, ListenAddress, NbdServer, PublishError};
-use crate::status::StatusSource;
+use crate::nbd::{BindError, Limits, ListenAddress, NbdServer, PublishError};
 use crate::volume::StartRefusal;
-pub use format::{CreateError, create};
+use events::EventLog;
+pub use format::{CreateError, FormatError, create};
 use report::Reporter;
 use volume_task::{Outcome, VolumeTask};
 
@@ -34,6 +40,9 @@ use volume_task::{Outcome, VolumeTask};
 const DRAIN_MAX: Duration = Duration::from_millis(1500);
 const CATCH_UP_MAX: Duration = Duration::from_millis(1000);
 const CLOSE_MAX: Duration = Duration::from_millis(1500);
+
+/// What happens to volumes is told one by one; few things do.
+const EVENTS_QUEUED_MAX: usize = 16;
 
 /// How to start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -77,12 +86,6 @@ pub enum StartError {
         /// Why.
         refusal: StartRefusal,
     },
-    /// The volume's task ended.
-    #[error("volume {volume}: its task ended unexpectedly")]
-    Ended {
-        /// The volume.
-        volume: String,
-    },
 }
 
 impl StartError {
@@ -91,11 +94,7 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             StartError::Resolve { .. } | StartError::Refused { refusal: StartRefusal::NotConfigured { .. }, .. } => 2,
-            StartError::Bind(_)
-            | StartError::Publish(_)
-            | StartError::Replica { .. }
-            | StartError::Refused { .. }
-            | StartError::Ended { .. } => 1,
+            StartError::Bind(_) | StartError::Publish(_) | StartError::Replica { .. } | StartError::Refused { .. } => 1,
         }
     }
 
@@ -104,34 +103,51 @@ impl StartError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             // These say it themselves.
-            StartError::Bind(_) | StartError::Publish(_) | StartError::Ended { .. } => None,
+            StartError::Bind(_) | StartError::Publish(_) => None,
             StartError::Resolve { .. } => Some("write an IP address and a port, such as 127.0.0.1:10809".to_owned()),
             StartError::Replica { cause, .. } => cause.remedy(),
-            StartError::Refused { refusal, .. } => Some(refusal_remedy(refusal).to_owned()),
+            StartError::Refused { volume, refusal } => Some(refusal_remedy(volume, refusal)),
         }
     }
 }
 
-fn refusal_remedy(refusal: &StartRefusal) -> &'static str {
-    match refusal {
+/// What to do about a start that is refused, or that waits.
+#[must_use]
+pub fn refusal_remedy(volume: &str, refusal: &StartRefusal) -> String {
+    let remedy = match refusal {
         StartRefusal::Unknown { .. } => {
             "start the listener agents, check `address` of each replica, and make a new volume with `nbdcast create`"
         }
-        StartRefusal::Missing { .. } => {
-            "bring the missing replicas back (start their agents, mount their disks) and start again; as long as they come back, \
-             nothing is lost"
+        StartRefusal::Missing { missing, .. } => {
+            let names: Vec<&str> = missing.iter().map(|m| m.replica.as_str()).collect();
+            let without: Vec<String> = names.iter().map(|name| format!("--without {name}")).collect();
+            return format!(
+                "bring {} back (start the agent, mount the disk): the volume then starts by itself and nothing is lost; \
+                 only if they are gone for good: `nbdcast activate {volume} {} --accept-data-loss` starts without them, \
+                 and what only they held is lost",
+                names.join(", "),
+                without.join(" "),
+            );
         }
         StartRefusal::Stalled { .. } => {
-            "check the replica's disk and its agent's log, then start again; nothing is lost"
+            "check the replica's disk and its agent's log; the volume starts by itself when it takes records, and nothing \
+             is lost"
         }
-        StartRefusal::NotConfigured { .. } => "add the replica to the configuration again",
+        StartRefusal::NotConfigured { replica, .. } => {
+            return format!(
+                "add a [[volume.replica]] named {replica:?}, with its `address` or `path`, to volume {volume:?} in the \
+                 configuration; if it is to leave, use `nbdcast replica remove {volume} {replica}` once the volume serves"
+            );
+        }
         StartRefusal::OtherEngine { .. } => {
             "stop that engine, or start with --take-over to fence it and serve here instead"
         }
         StartRefusal::Mismatch { .. } => {
-            "correct the volume in the configuration (`address`, `path`, `size` or `lag_bytes_max`)"
+            "correct the volume in the configuration (`address`, `path`, `size` or `lag_bytes_max`); a volume grows by \
+             `nbdcast resize` while it is served, with `size` as it was before"
         }
-    }
+    };
+    remedy.to_owned()
 }
 
 /// Why a running engine must stop.
@@ -147,9 +163,6 @@ pub enum EngineFailure {
         /// The other engine's epoch.
         promised: u64,
     },
-    /// The NBD server failed.
-    #[error("the NBD server ended: {0}")]
-    Nbd(String),
 }
 
 /// Why an engine did not stop in good order.
@@ -165,17 +178,59 @@ pub enum ShutdownError {
     },
 }
 
+/// What happens to an engine.
+#[derive(Debug)]
+pub enum EngineEvent {
+    /// A volume serves, and clients find it here.
+    Ready {
+        /// Its NBD URI.
+        uri: String,
+    },
+    /// A volume waits for replicas; it serves as soon as it can.
+    Blocked {
+        /// The volume.
+        volume: String,
+        /// What it waits for.
+        refusal: StartRefusal,
+    },
+    /// A volume cannot be served.
+    NotStarted(StartError),
+    /// The engine must stop.
+    Failed(EngineFailure),
+}
+
 /// A running engine.
 pub struct Engine {
-    server: Arc<NbdServer>,
-    stop_server: watch::Sender<bool>,
-    serving: JoinHandle<io::Result<()>>,
+    front: Arc<Front>,
     volumes: Vec<Arc<VolumeTask>>,
     reporter: Arc<Reporter>,
+    events: mpsc::Receiver<EngineEvent>,
+    /// Tell of the volumes until the engine is dropped.
+    _following: JoinSet<()>,
+}
+
+/// The NBD server, which lets clients in once there is a volume for them.
+struct Front {
+    server: Arc<NbdServer>,
+    stop: watch::Sender<bool>,
+    serving: Mutex<Option<JoinHandle<io::Result<()>>>>,
+}
+
+impl Front {
+    fn publish(&self, volume: Arc<VolumeTask>) -> Result<(), PublishError> {
+        self.server.publish(volume)?;
+        let mut serving = self.serving.lock().expect("no thread panicked with the lock");
+        if serving.is_none() {
+            let (server, stopping) = (self.server.clone(), self.stop.subscribe());
+            *serving = Some(tokio::spawn(async move { server.serve(stopping).await }));
+        }
+        Ok(())
+    }
 }
 
 impl Engine {
-    /// Takes the NBD address, activates every volume, then lets clients in. May be dropped at any moment.
+    /// Takes the NBD address and begins to activate every volume; [`Engine::next_event`] tells how that goes. Clients are
+    /// let in as soon as the first serves. May be dropped at any moment.
     pub async fn start(config: &EngineConfig, options: StartOptions) -> Result<Engine, StartError> {
         let address = resolve(&config.nbd.listen)?;
         let limits = Limits {
@@ -185,66 +240,46 @@ impl Engine {
             ..Limits::default()
         };
         let server = Arc::new(NbdServer::bind(&address, Vec::new(), limits)?);
+        let front = Arc::new(Front { server, stop: watch::Sender::new(false), serving: Mutex::default() });
+        let log = Arc::new(EventLog::default());
         let mut volumes = Vec::new();
         for volume in &config.volumes {
-            volumes.push(VolumeTask::start(volume, options.take_over).await?);
+            volumes.push(VolumeTask::start(volume, options.take_over, log.clone()).await?);
         }
+        let (tell, events) = mpsc::channel(EVENTS_QUEUED_MAX);
+        let mut following = JoinSet::new();
         for volume in &volumes {
-            match volume.started().await {
-                Some(Outcome::Serving) => {}
-                Some(Outcome::Refused(refusal)) => {
-                    return Err(StartError::Refused { volume: volume.name().to_owned(), refusal });
-                }
-                Some(Outcome::Starting | Outcome::Fenced { .. }) | None => {
-                    return Err(StartError::Ended { volume: volume.name().to_owned() });
-                }
-            }
-            server.publish(volume.clone())?;
+            following.spawn(follow(volume.clone(), front.clone(), tell.clone()));
         }
-        let (stop_server, stopping) = watch::channel(false);
-        let accepting = server.clone();
-        let serving = tokio::spawn(async move { accepting.serve(stopping).await });
-        let reporter = Arc::new(Reporter::new(volumes.clone()));
-        Ok(Engine { server, stop_server, serving, volumes, reporter })
+        let reporter = Arc::new(Reporter::new(volumes.clone(), log));
+        Ok(Engine { front, volumes, reporter, events, _following: following })
     }
 
-    /// Where clients find the volumes.
-    #[must_use]
-    pub fn uris(&self) -> Vec<String> {
-        self.volumes.iter().map(|v| self.server.uri(&v.export().name)).collect()
-    }
-
-    /// What status and metrics are made from.
-    #[must_use]
-    pub fn status_source(&self) -> Arc<dyn StatusSource> {
-        self.reporter.clone()
-    }
-
-    /// Waits until the engine must stop.
-    pub async fn failed(&self) -> EngineFailure {
-        let mut waiting = tokio::task::JoinSet::new();
-        for volume in &self.volumes {
-            let volume = volume.clone();
-            waiting.spawn(async move {
-                let (promised, replica) = volume.fenced().await;
-                EngineFailure::Fenced { volume: volume.name().to_owned(), replica, promised }
-            });
-        }
-        match waiting.join_next().await {
-            Some(Ok(failure)) => failure,
-            Some(Err(e)) => EngineFailure::Nbd(e.to_string()),
-            // An engine without volumes has nothing that could fail.
+    /// What happens next. Safe to drop and call again.
+    pub async fn next_event(&mut self) -> EngineEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            // Nothing can happen any more, or there is no volume.
             None => std::future::pending().await,
         }
     }
 
+    /// What status and metrics are made from, and who takes orders.
+    #[must_use]
+    pub fn control(&self) -> Arc<dyn Control> {
+        self.reporter.clone()
+    }
+
     /// Lets requests end, lets replicas catch up as far as they can in a second, and marks those in this process clean.
     pub async fn shutdown(self) -> Result<(), ShutdownError> {
-        self.stop_server.send_replace(true);
-        match self.serving.await {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => tracing::warn!("the NBD server ended with an error: {e}"),
-            Err(e) => tracing::warn!("the NBD server ended with an error: {e}"),
+        self.front.stop.send_replace(true);
+        let serving = self.front.serving.lock().expect("no thread panicked with the lock").take();
+        if let Some(serving) = serving {
+            match serving.await {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => tracing::warn!("the NBD server ended with an error: {e}"),
+                Err(e) => tracing::warn!("the NBD server ended with an error: {e}"),
+            }
         }
         let catch_up_until = Instant::now() + CATCH_UP_MAX;
         for volume in &self.volumes {
@@ -261,6 +296,37 @@ impl Engine {
         }
         info!("stopped");
         outcome
+    }
+}
+
+/// Tells what becomes of a volume, and lets clients in when it serves.
+async fn follow(volume: Arc<VolumeTask>, front: Arc<Front>, tell: mpsc::Sender<EngineEvent>) {
+    let mut outcome = volume.outcome();
+    let volume_name = || volume.name().to_owned();
+    loop {
+        let found = outcome.borrow_and_update().clone();
+        let event = match found {
+            Outcome::Starting => None,
+            Outcome::Blocked(refusal) => Some(EngineEvent::Blocked { volume: volume_name(), refusal }),
+            Outcome::Serving => Some(match front.publish(volume.clone()) {
+                Ok(()) => EngineEvent::Ready { uri: front.server.uri(volume.name()) },
+                Err(e) => EngineEvent::NotStarted(e.into()),
+            }),
+            Outcome::Refused(refusal) => {
+                Some(EngineEvent::NotStarted(StartError::Refused { volume: volume_name(), refusal }))
+            }
+            Outcome::Fenced { promised, replica } => {
+                Some(EngineEvent::Failed(EngineFailure::Fenced { volume: volume_name(), replica, promised }))
+            }
+        };
+        if let Some(event) = event
+            && tell.send(event).await.is_err()
+        {
+            return;
+        }
+        if outcome.changed().await.is_err() {
+            return;
+        }
     }
 }
 

@@ -2,22 +2,26 @@
 
 use std::sync::Arc;
 
+use super::events::EventLog;
 use super::latency::Percentiles;
+use super::seat::address_of;
 use super::volume_task::VolumeTask;
+use crate::config::ReplicaPlace;
 use crate::status::{
-    AckStatus, LatencyStatus, Percentiles as ShownPercentiles, ReplicaState, ReplicaStatus, StatusReport, StatusSource,
-    VolumeState as ShownState, VolumeStatus,
+    AckStatus, EventStatus, LatencyStatus, Percentiles as ShownPercentiles, ReplicaState, ReplicaStatus, ResyncStatus,
+    StatusReport, StatusSource, VolumeState as ShownState, VolumeStatus,
 };
-use crate::volume::{PeerSnapshot, PeerState, VolumeState};
+use crate::volume::{PeerSnapshot, PeerState, ResyncSnapshot, VolumeState};
 
-/// Makes reports.
+/// Makes reports, and hands orders to the volumes (see [`super::orders`]).
 pub(super) struct Reporter {
-    volumes: Vec<Arc<VolumeTask>>,
+    pub(super) volumes: Vec<Arc<VolumeTask>>,
+    events: Arc<EventLog>,
 }
 
 impl Reporter {
-    pub(super) fn new(volumes: Vec<Arc<VolumeTask>>) -> Reporter {
-        Reporter { volumes }
+    pub(super) fn new(volumes: Vec<Arc<VolumeTask>>, events: Arc<EventLog>) -> Reporter {
+        Reporter { volumes, events }
     }
 }
 
@@ -25,11 +29,15 @@ impl StatusSource for Reporter {
     fn status(&self) -> StatusReport {
         StatusReport { volumes: self.volumes.iter().map(|v| volume_status(v)).collect() }
     }
+
+    fn events(&self) -> Vec<EventStatus> {
+        self.events.all()
+    }
 }
 
 fn volume_status(task: &VolumeTask) -> VolumeStatus {
-    let snapshot = task.snapshot();
-    let replicas = snapshot.peers.iter().zip(task.addresses()).map(|(p, address)| replica_status(p, address));
+    let (snapshot, places) = task.snapshot();
+    let replicas = snapshot.peers.iter().zip(&places).map(|(peer, place)| replica_status(peer, place));
     VolumeStatus {
         name: task.name().to_owned(),
         uuid: snapshot.uuid.map(|u| u.to_string()).unwrap_or_default(),
@@ -43,12 +51,18 @@ fn volume_status(task: &VolumeTask) -> VolumeStatus {
             VolumeState::Frozen => ShownState::Frozen,
             VolumeState::Failed => ShownState::Failed,
         },
-        ack: AckStatus { write: task.ack_write(), flush: task.ack_flush() },
+        blocked: snapshot.blocked.clone(),
+        ack: AckStatus { write: task.settings.ack_write, flush: task.settings.ack_flush },
         exposed_bytes: snapshot.exposed_bytes,
         replicas: replicas.collect(),
         reads: snapshot.reads,
         writes: snapshot.writes,
-        latency_us: LatencyStatus { read: shown(task.read_latency()), write: shown(task.write_latency()) },
+        read_bytes: task.figures.read_bytes(),
+        written_bytes: task.figures.written_bytes(),
+        latency_us: LatencyStatus {
+            read: shown(task.figures.read_latency()),
+            write: shown(task.figures.change_latency()),
+        },
     }
 }
 
@@ -56,10 +70,10 @@ fn shown(percentiles: Percentiles) -> ShownPercentiles {
     ShownPercentiles { p50: percentiles.p50, p99: percentiles.p99 }
 }
 
-fn replica_status(peer: &PeerSnapshot, address: &str) -> ReplicaStatus {
+fn replica_status(peer: &PeerSnapshot, place: &ReplicaPlace) -> ReplicaStatus {
     ReplicaStatus {
         name: peer.name.to_string(),
-        address: address.to_owned(),
+        address: address_of(place),
         state: match peer.state {
             PeerState::Member => ReplicaState::Member,
             PeerState::Syncing => ReplicaState::Syncing,
@@ -71,8 +85,14 @@ fn replica_status(peer: &PeerSnapshot, address: &str) -> ReplicaStatus {
         lag_records: peer.lag_records,
         lag_bytes: peer.lag_bytes,
         lag_ms: peer.lag_ms,
-        resync: None,
+        resync: peer.resync.map(resync_status),
+        reason: peer.trouble.clone(),
         checksum_errors: peer.checksum_errors,
         repaired_blocks: 0,
     }
+}
+
+fn resync_status(resync: ResyncSnapshot) -> ResyncStatus {
+    let ResyncSnapshot { done_bytes, total_bytes, bytes_per_second, eta_seconds } = resync;
+    ResyncStatus { done_bytes, total_bytes, bytes_per_second, eta_seconds }
 }

@@ -2,30 +2,31 @@
 //! an agent, the journal thread of a replica in this process, the clock) takes the lock, tells it, and then carries out
 //! what it wants with the lock released: answer clients, wake links. That saves a task switch on every write.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, ReplicaName, ToAgent, ToEngine};
+use listener_agent::directory::DirectoryError;
+use protocol::ReplicaName;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tracing::{error, info, warn};
 
 use super::StartError;
-use super::embedded::EmbeddedLink;
-use super::latency::{Latency, Percentiles};
-use super::link::AgentLink;
+use super::events::EventLog;
+use super::front::{Figures, Token};
+use super::seat::{Link, Slot, Slots, name};
 use crate::config::{OnLag, ReadPolicy, ReplicaPlace, VolumeConfig};
-use crate::nbd::{Backend, Completion, ExportInfo, IoError, Request as NbdRequest};
+use crate::status::EventSeverity;
 use crate::volume::{
-    Event, Failure, Notice, PeerId, ReadSpread, Request, Severity, StartRefusal, Time, Volume, VolumeSettings,
-    VolumeSnapshot, Zeroing,
+    Command, CommandRefusal, Event, Notice, PeerId, ReadSpread, Severity, StartRefusal, Time, Volume, VolumeSettings,
+    VolumeSnapshot,
 };
 
 const TICK: Duration = Duration::from_millis(5);
-/// What a replica that keeps its deadline needs beyond it.
-const CLOSE_GRACE: Duration = Duration::from_millis(100);
+/// A removed replica may take so long to be marked clean.
+const RETIRE_MAX: Duration = Duration::from_secs(3);
 /// How long replicas may take to answer at start, at least.
 const START_TIMEOUT_MIN: Duration = Duration::from_secs(10);
 
@@ -34,6 +35,8 @@ const START_TIMEOUT_MIN: Duration = Duration::from_secs(10);
 pub(super) enum Outcome {
     /// Not known yet.
     Starting,
+    /// It waits for replicas; it may serve yet.
+    Blocked(StartRefusal),
     /// It serves.
     Serving,
     /// It did not start.
@@ -42,43 +45,37 @@ pub(super) enum Outcome {
     Fenced { promised: u64, replica: String },
 }
 
-/// A client's request.
-pub(super) struct Token {
-    completion: Completion,
-    begun: Instant,
-    kind: Kind,
-}
-
-/// What its latency is counted as.
-#[derive(Clone, Copy)]
-enum Kind {
-    Read,
-    Change,
-    Flush,
-}
-
-/// How a peer is reached.
-pub(super) enum Link {
-    Agent(AgentLink),
-    Embedded(EmbeddedLink),
+/// What the lock is around: each peer of the volume has its slot under the same number.
+struct Core {
+    volume: Volume<Token>,
+    slots: Slots,
 }
 
 /// A volume at work.
 pub(super) struct VolumeTask {
-    core: Mutex<Volume<Token>>,
+    core: Mutex<Core>,
+    this: Weak<VolumeTask>,
+    /// Threads outside of the runtime drive the volume too.
+    runtime: Handle,
     started: Instant,
-    links: OnceLock<Vec<Link>>,
-    addresses: Vec<String>,
-    settings: VolumeSettings,
-    export: ExportInfo,
+    pub(super) settings: VolumeSettings,
+    pub(super) journal_bytes: u64,
+    name: String,
+    pub(super) description: String,
+    /// The volume's size, as its state machine said last.
+    size_bytes: AtomicU64,
     outcome: watch::Sender<Outcome>,
-    reads: Latency,
-    writes: Latency,
+    resized: watch::Sender<Option<Result<u64, String>>>,
+    events: Arc<EventLog>,
+    pub(super) figures: Figures,
     ticking: OnceLock<AbortHandle>,
+    /// Removed replicas that are being closed.
+    retiring: Mutex<Vec<JoinHandle<()>>>,
+    /// Held while an order that takes its time is carried out.
+    pub(super) ordering: tokio::sync::Mutex<()>,
 }
 
 fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
-    let name = |text: &str| text.parse::<ReplicaName>().expect("names are checked with the configuration");
     VolumeSettings {
         name: name(&config.name),
         size_bytes: config.size.bytes(),
@@ -107,82 +104,51 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
 
 impl VolumeTask {
     /// Opens the replicas in this process, connects to the others, and begins the activation.
-    pub(super) async fn start(config: &VolumeConfig, take_over: bool) -> Result<Arc<VolumeTask>, StartError> {
+    pub(super) async fn start(
+        config: &VolumeConfig,
+        take_over: bool,
+        events: Arc<EventLog>,
+    ) -> Result<Arc<VolumeTask>, StartError> {
         let settings = settings(config, take_over);
-        let export = ExportInfo {
+        let (mut links, mut failed) = (Vec::new(), Vec::new());
+        for replica in &config.replicas {
+            let (link, cause) = Link::to(&replica.place, &config.name, &replica.name).await;
+            links.push((replica.place.clone(), link));
+            failed.extend(cause.map(|cause| (replica.name.clone(), cause)));
+        }
+        refuse_hopeless(config, failed)?;
+        let task = Arc::new_cyclic(|this: &Weak<VolumeTask>| VolumeTask {
+            core: Mutex::new(Core {
+                volume: Volume::new(settings.clone(), Time::ZERO),
+                slots: (links.into_iter().enumerate())
+                    .map(|(peer, (place, link))| Some(Slot::new(this.clone(), peer, place, link)))
+                    .collect(),
+            }),
+            this: this.clone(),
+            runtime: Handle::current(),
+            started: Instant::now(),
+            journal_bytes: config.journal_size().bytes(),
             name: config.name.clone(),
             description: config.description.clone(),
-            size_bytes: config.size.bytes(),
-            read_only: false,
-        };
-        let address = |place: &ReplicaPlace| match place {
-            ReplicaPlace::Agent(endpoint) => endpoint.to_string(),
-            ReplicaPlace::Embedded { path, .. } => path.display().to_string(),
-        };
-        let started = Instant::now();
-        let task = Arc::new(VolumeTask {
-            core: Mutex::new(Volume::new(settings.clone(), Time::ZERO)),
-            started,
-            links: OnceLock::new(),
-            addresses: config.replicas.iter().map(|r| address(&r.place)).collect(),
+            size_bytes: AtomicU64::new(settings.size_bytes),
             settings,
-            export,
             outcome: watch::Sender::new(Outcome::Starting),
-            reads: Latency::new(),
-            writes: Latency::new(),
+            resized: watch::Sender::new(None),
+            events,
+            figures: Figures::new(),
             ticking: OnceLock::new(),
+            retiring: Mutex::default(),
+            ordering: tokio::sync::Mutex::new(()),
         });
-        let (mut links, mut failed) = (Vec::new(), Vec::new());
-        for (peer, replica) in config.replicas.iter().enumerate() {
-            links.push(match &replica.place {
-                ReplicaPlace::Agent(endpoint) => Link::Agent(AgentLink::new(endpoint.clone())),
-                ReplicaPlace::Embedded { path, .. } => {
-                    let opened = EmbeddedLink::open(&path.join(&config.name), &config.name, &replica.name).await;
-                    Link::Embedded(opened.unwrap_or_else(|(link, cause)| {
-                        failed.push((peer, cause));
-                        link
-                    }))
-                }
-            });
-        }
-        for (peer, cause) in failed {
-            task.do_without(peer, &links, cause)?;
-        }
-        let links = task.links.get_or_init(|| links);
-        for (peer, link) in links.iter().enumerate() {
-            match link {
-                Link::Agent(link) => link.start(Arc::downgrade(&task), peer),
-                Link::Embedded(link) => link.start(Arc::downgrade(&task), peer),
-            }
+        for slot in task.slots().iter().flatten() {
+            slot.start();
         }
         let ticking = tokio::spawn(tick(Arc::downgrade(&task)));
         let _ = task.ticking.set(ticking.abort_handle());
         Ok(task)
     }
 
-    /// A replica in this process cannot be opened: an error if it is certain that the volume cannot start without it.
-    /// Where it may have left the view before, activation decides.
-    fn do_without(
-        &self,
-        peer: PeerId,
-        links: &[Link],
-        cause: listener_agent::directory::DirectoryError,
-    ) -> Result<(), StartError> {
-        let policy = self.settings.ack_write.weaker(self.settings.ack_flush);
-        let replicas = self.settings.replicas.len();
-        let replica = &self.settings.replicas[peer];
-        let may_have_left = links.iter().any(|link| match link {
-            Link::Agent(_) => true,
-            Link::Embedded(link) => link.view().is_some_and(|view| !view.contains(replica)),
-        });
-        if policy.activation(replicas) == replicas && !may_have_left {
-            return Err(StartError::Replica { volume: self.name().to_owned(), replica: replica.to_string(), cause });
-        }
-        error!("volume {}, replica {replica}: {cause}", self.name());
-        Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Volume<Token>> {
+    fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().expect("no thread panicked with the lock")
     }
 
@@ -190,161 +156,210 @@ impl VolumeTask {
         self.started.elapsed()
     }
 
+    fn slots(&self) -> Slots {
+        self.lock().slots.clone()
+    }
+
+    /// Asks the volume something that has no consequences.
+    pub(super) fn peek<R>(&self, ask: impl FnOnce(&mut Volume<Token>) -> R) -> R {
+        ask(&mut self.lock().volume)
+    }
+
     /// Tells the volume something and carries out what it wants.
     pub(super) fn drive(&self, tell: impl FnOnce(&mut Volume<Token>, Time)) {
-        let Some(links) = self.links.get() else { return };
-        let mut events = Vec::new();
+        self.drive_core(|core, now| tell(&mut core.volume, now));
+    }
+
+    fn drive_core(&self, tell: impl FnOnce(&mut Core, Time)) {
+        let (mut events, mut removed) = (Vec::new(), Vec::new());
         let mut awake: u32 = 0;
-        {
+        let slots = {
             let mut core = self.lock();
             tell(&mut core, self.now());
-            while let Some(event) = core.poll_event() {
-                events.push(event);
-            }
-            for peer in 0..links.len() {
-                awake |= u32::from(core.has_outbox(peer)) << peer;
-            }
-        }
-        for event in events {
-            self.carry_out(event, links);
-        }
-        for (peer, link) in links.iter().enumerate() {
-            if awake & (1 << peer) != 0 {
-                match link {
-                    Link::Agent(link) => link.wake(),
-                    Link::Embedded(link) => link.pump(self, peer),
+            while let Some(event) = core.volume.poll_event() {
+                match event {
+                    // At once, as the next replica may get its number.
+                    Event::Removed(peer) => removed.extend(core.vacate(peer)),
+                    event => events.push(event),
                 }
+            }
+            for peer in 0..core.slots.len() {
+                awake |= u32::from(core.volume.has_outbox(peer)) << peer;
+            }
+            self.size_bytes.store(core.volume.size_bytes(), Ordering::Relaxed);
+            core.slots.clone()
+        };
+        for event in events {
+            self.carry_out(event, &slots);
+        }
+        for slot in removed {
+            self.retire(slot);
+        }
+        for (peer, slot) in slots.iter().enumerate() {
+            if awake & (1 << peer) != 0
+                && let Some(slot) = slot
+            {
+                slot.wake();
             }
         }
     }
 
-    fn carry_out(&self, event: Event<Token>, links: &[Link]) {
+    fn carry_out(&self, event: Event<Token>, slots: &Slots) {
         match event {
-            Event::Completed(token, outcome) => self.answer(token, outcome),
+            Event::Completed(token, outcome) => self.figures.answer(token, outcome),
             Event::Serving => {
                 info!("volume {}: serving", self.name());
                 self.outcome.send_replace(Outcome::Serving);
             }
-            Event::StartBlocked(refusal) => error!("volume {}: {refusal}", self.name()),
-            Event::Removed(_) => {}
+            Event::StartBlocked(refusal) => {
+                self.note(None, EventSeverity::Error, format!("does not start: {refusal}"));
+                self.outcome.send_if_modified(|outcome| {
+                    let waits = matches!(outcome, Outcome::Starting | Outcome::Blocked(_));
+                    if waits {
+                        *outcome = Outcome::Blocked(refusal);
+                    }
+                    waits
+                });
+            }
             Event::StartRefused(refusal) => {
+                self.note(None, EventSeverity::Error, format!("does not start: {refusal}"));
                 self.outcome.send_replace(Outcome::Refused(refusal));
             }
             Event::Fenced { promised, replica } => {
+                let text = format!("another engine took over with epoch {promised}; this one stops");
+                self.note(Some(replica.to_string()), EventSeverity::Error, text);
                 self.outcome.send_replace(Outcome::Fenced { promised: promised.0, replica: replica.to_string() });
             }
-            Event::Disconnect(peer) => match &links[peer] {
-                Link::Agent(link) => link.disconnect(),
-                Link::Embedded(link) => link.disconnect(),
-            },
-            Event::Notice(notice) => self.log_notice(&notice),
-        }
-    }
-
-    fn answer(&self, token: Token, outcome: Result<Bytes, Failure>) {
-        if outcome.is_ok() {
-            match token.kind {
-                Kind::Read => self.reads.record(token.begun.elapsed()),
-                Kind::Change => self.writes.record(token.begun.elapsed()),
-                Kind::Flush => {}
+            Event::Disconnect(peer) => {
+                if let Some(slot) = slots.get(peer).and_then(Option::as_ref) {
+                    slot.disconnect();
+                }
             }
+            // Its slot was taken away with the volume locked.
+            Event::Removed(_) => {}
+            Event::Notice(notice) => self.on_notice(&notice),
         }
-        token.completion.complete(outcome.map_err(|failure| match failure {
-            Failure::Io => IoError::Io,
-            Failure::NoSpace => IoError::NoSpace,
-            Failure::Shutdown => IoError::Shutdown,
-        }));
     }
 
-    fn log_notice(&self, notice: &Notice) {
+    /// Closes a removed replica.
+    fn retire(&self, slot: Arc<Slot>) {
+        let name = self.name.clone();
+        let deadline = tokio::time::Instant::now() + RETIRE_MAX;
+        let task = self.runtime.spawn(async move { slot.retire(&name, deadline).await });
+        let mut retiring = self.retiring.lock().expect("no thread panicked with the lock");
+        retiring.retain(|task| !task.is_finished());
+        retiring.push(task);
+    }
+
+    /// Waits until removed replicas are closed and their directories free.
+    pub(super) async fn retired(&self) {
+        let retiring = std::mem::take(&mut *self.retiring.lock().expect("no thread panicked with the lock"));
+        for task in retiring {
+            // One that panicked has closed its files too.
+            let _ = task.await;
+        }
+    }
+
+    fn on_notice(&self, notice: &Notice) {
         let volume = self.name();
         let replica = notice.replica().map_or_else(String::new, |replica| format!(", replica {replica}"));
-        match notice.severity() {
-            Severity::Info => info!("volume {volume}{replica}: {notice}"),
-            Severity::Warning => warn!("volume {volume}{replica}: {notice}"),
-            Severity::Error => error!("volume {volume}{replica}: {notice}"),
+        let severity = match notice.severity() {
+            Severity::Info => {
+                info!("volume {volume}{replica}: {notice}");
+                EventSeverity::Info
+            }
+            Severity::Warning => {
+                warn!("volume {volume}{replica}: {notice}");
+                EventSeverity::Warning
+            }
+            Severity::Error => {
+                error!("volume {volume}{replica}: {notice}");
+                EventSeverity::Error
+            }
+        };
+        self.note(notice.replica().map(ReplicaName::to_string), severity, notice.to_string());
+        match notice {
+            Notice::Resized { size_bytes } => drop(self.resized.send_replace(Some(Ok(*size_bytes)))),
+            Notice::ResizeFailed { .. } => drop(self.resized.send_replace(Some(Err(notice.to_string())))),
+            Notice::ViewInForce { .. }
+            | Notice::Dropping { .. }
+            | Notice::Replaying { .. }
+            | Notice::LostData { .. }
+            | Notice::ReadFailed { .. }
+            | Notice::Waiting { .. }
+            | Notice::Lost { .. }
+            | Notice::Back { .. }
+            | Notice::Resyncing { .. }
+            | Notice::ResyncEnded { .. }
+            | Notice::Removed { .. }
+            | Notice::GivenUp { .. }
+            | Notice::SizeDiffers { .. }
+            | Notice::Frozen(_)
+            | Notice::Space { .. } => {}
         }
     }
 
-    // ---- for links ---------------------------------------------------------------------------------------------
-
-    pub(super) fn take_outbox(&self, peer: PeerId, bytes_max: u64) -> Vec<ToAgent> {
-        self.lock().take_outbox(peer, bytes_max)
+    fn note(&self, replica: Option<String>, severity: EventSeverity, text: String) {
+        self.events.note(&self.name, replica, severity, text);
     }
 
-    pub(super) fn connected(&self, peer: PeerId) {
-        self.drive(|volume, now| volume.peer_connected(now, peer));
+    // ---- for orders --------------------------------------------------------------------------------------------
+
+    /// Begins what an operator asks for.
+    pub(super) fn command(&self, command: Command) -> Result<(), CommandRefusal> {
+        let mut begun = Ok(());
+        self.drive(|volume, now| begun = volume.command(now, command));
+        begun
     }
 
-    pub(super) fn disconnected(&self, peer: PeerId, reason: String) {
-        self.drive(|volume, now| volume.peer_disconnected(now, peer, reason));
-    }
-
-    pub(super) fn received(&self, peer: PeerId, messages: impl IntoIterator<Item = ToEngine>) {
-        self.drive(|volume, now| {
-            for message in messages {
-                volume.peer_message(now, peer, message);
-            }
+    /// Gives a new replica its seat and begins to connect to it.
+    pub(super) fn seat(&self, replica: ReplicaName, place: ReplicaPlace, link: Link) -> Result<(), CommandRefusal> {
+        let mut seated = Err(CommandRefusal::NotServing);
+        self.drive_core(|core, now| {
+            seated = core.volume.add_replica(now, replica).map(|peer| {
+                let slot = Slot::new(self.this.clone(), peer, place, link);
+                core.fill(peer, slot.clone());
+                slot
+            });
         });
+        seated.map(|slot| slot.start())
+    }
+
+    /// How the last growth ended, and how the next will.
+    pub(super) fn resized(&self) -> watch::Receiver<Option<Result<u64, String>>> {
+        self.resized.subscribe()
     }
 
     // ---- for the engine ----------------------------------------------------------------------------------------
 
     pub(super) fn name(&self) -> &str {
-        &self.export.name
+        &self.name
     }
 
     pub(super) fn size_bytes(&self) -> u64 {
-        self.export.size_bytes
+        self.size_bytes.load(Ordering::Relaxed)
     }
 
-    pub(super) fn ack_write(&self) -> AckPolicy {
-        self.settings.ack_write
+    /// The volume as it is now, without replicas that were removed, and where each of its peers is.
+    pub(super) fn snapshot(&self) -> (VolumeSnapshot, Vec<ReplicaPlace>) {
+        let (mut snapshot, slots) = {
+            let core = self.lock();
+            (core.volume.snapshot(self.now()), core.slots.clone())
+        };
+        let mut seated = slots.iter().map(Option::is_some);
+        snapshot.peers.retain(|_| seated.next().unwrap_or(false));
+        (snapshot, slots.iter().flatten().map(|slot| slot.place.clone()).collect())
     }
 
-    pub(super) fn ack_flush(&self) -> AckPolicy {
-        self.settings.ack_flush
-    }
-
-    pub(super) fn addresses(&self) -> impl Iterator<Item = &str> {
-        self.addresses.iter().map(String::as_str)
-    }
-
-    pub(super) fn snapshot(&self) -> VolumeSnapshot {
-        self.lock().snapshot(self.now())
-    }
-
-    pub(super) fn read_latency(&self) -> Percentiles {
-        self.reads.percentiles()
-    }
-
-    pub(super) fn write_latency(&self) -> Percentiles {
-        self.writes.percentiles()
-    }
-
-    /// Waits until the activation has ended.
-    pub(super) async fn started(&self) -> Option<Outcome> {
-        let mut outcome = self.outcome.subscribe();
-        outcome.wait_for(|o| *o != Outcome::Starting).await.ok().map(|o| o.clone())
-    }
-
-    /// Waits until another engine took over; returns its epoch and who said so.
-    pub(super) async fn fenced(&self) -> (u64, String) {
-        let mut outcome = self.outcome.subscribe();
-        loop {
-            if let Outcome::Fenced { promised, replica } = &*outcome.borrow_and_update() {
-                return (*promised, replica.clone());
-            }
-            if outcome.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+    /// What becomes of the volume.
+    pub(super) fn outcome(&self) -> watch::Receiver<Outcome> {
+        self.outcome.subscribe()
     }
 
     /// Takes no more requests, waits until members have caught up or `deadline`, and takes leave of them.
     pub(super) async fn stop(&self, deadline: tokio::time::Instant) {
         self.drive(|volume, now| volume.stop(now));
-        while !self.lock().is_quiet() && tokio::time::Instant::now() < deadline {
+        while !self.lock().volume.is_quiet() && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(TICK).await;
         }
         self.drive(|volume, _| volume.goodbye());
@@ -352,27 +367,55 @@ impl VolumeTask {
 
     /// Ends the links and marks replicas in this process clean; returns whether all are.
     pub(super) async fn close(&self, deadline: tokio::time::Instant) -> bool {
-        let (mut agents, mut closing) = (Vec::new(), Vec::new());
-        for link in self.links.get().into_iter().flatten() {
-            match link {
-                Link::Agent(link) => agents.push(link),
-                // All at once: a disk that hangs must not keep the others from being marked clean.
-                Link::Embedded(link) => closing.push(link.close(deadline.into_std())),
-            }
-        }
-        for link in agents {
-            link.finish(deadline).await;
-        }
+        // All at once: a disk that hangs must not keep the others from being marked clean.
+        let slots = self.slots();
+        let closing: Vec<_> = (slots.iter().flatten().cloned())
+            .map(|slot| tokio::spawn(async move { slot.close(deadline).await }))
+            .collect();
         let mut clean = true;
-        for replica in closing {
-            let closed = tokio::time::timeout_at(deadline + CLOSE_GRACE, replica).await;
-            clean &= matches!(closed, Ok(Ok(true)));
+        for slot in closing {
+            clean &= slot.await.unwrap_or(false);
         }
+        let _ = tokio::time::timeout_at(deadline, self.retired()).await;
         if let Some(ticking) = self.ticking.get() {
             ticking.abort();
         }
         clean
     }
+}
+
+impl Core {
+    /// Takes the slot of a removed replica away.
+    fn vacate(&mut self, peer: PeerId) -> Option<Arc<Slot>> {
+        let mut slots: Vec<_> = self.slots.iter().cloned().collect();
+        let slot = slots.get_mut(peer)?.take();
+        if let Some(slot) = &slot {
+            slot.vacate();
+        }
+        self.slots = slots.into();
+        slot
+    }
+
+    /// Puts a new replica under its number, which is the next or one that is vacant.
+    fn fill(&mut self, peer: PeerId, slot: Arc<Slot>) {
+        let mut slots: Vec<_> = self.slots.iter().cloned().collect();
+        slots.resize(slots.len().max(peer + 1), None);
+        slots[peer] = Some(slot);
+        self.slots = slots.into();
+    }
+}
+
+/// Replicas in this process that cannot be opened: an error if waiting for them makes no sense.
+fn refuse_hopeless(config: &VolumeConfig, failed: Vec<(String, DirectoryError)>) -> Result<(), StartError> {
+    let none_is_left = failed.len() == config.replicas.len();
+    for (replica, cause) in failed {
+        let is_mistake = matches!(cause, DirectoryError::InUse { .. } | DirectoryError::OtherReplica { .. });
+        if is_mistake || none_is_left {
+            return Err(StartError::Replica { volume: config.name.clone(), replica, cause });
+        }
+        error!("volume {}, replica {replica}: {cause}", config.name);
+    }
+    Ok(())
 }
 
 async fn tick(task: Weak<VolumeTask>) {
@@ -382,33 +425,5 @@ async fn tick(task: Weak<VolumeTask>) {
         interval.tick().await;
         let Some(task) = task.upgrade() else { return };
         task.drive(|volume, now| volume.tick(now));
-    }
-}
-
-impl Backend for VolumeTask {
-    fn export(&self) -> &ExportInfo {
-        &self.export
-    }
-
-    fn submit(&self, request: NbdRequest, completion: Completion) {
-        let kind = match request {
-            NbdRequest::Read { .. } => Kind::Read,
-            NbdRequest::Write { .. } | NbdRequest::Trim { .. } | NbdRequest::WriteZeroes { .. } => Kind::Change,
-            NbdRequest::Flush => Kind::Flush,
-        };
-        let token = Token { completion, begun: Instant::now(), kind };
-        let request = match request {
-            NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
-            NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
-            NbdRequest::Flush => Request::Flush,
-            NbdRequest::Trim { offset, length, fua } => {
-                Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
-            }
-            NbdRequest::WriteZeroes { offset, length, fua, no_hole } => {
-                let how = if no_hole { Zeroing::ZeroKeepAllocated } else { Zeroing::Zero };
-                Request::Zero { range: ByteRange { offset, length }, fua, how }
-            }
-        };
-        self.drive(|volume, now| volume.submit(now, token, request));
     }
 }

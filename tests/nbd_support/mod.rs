@@ -140,8 +140,12 @@ impl MemoryVolume {
 }
 
 impl Backend for MemoryVolume {
-    fn export(&self) -> &ExportInfo {
-        &self.export
+    fn export(&self) -> ExportInfo {
+        self.export.clone()
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.export.size_bytes
     }
 
     fn submit(&self, request: Request, done: Completion) {

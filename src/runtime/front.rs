@@ -1,0 +1,127 @@
+//! A volume as its clients see it: their requests in the volume's words, its answers in theirs, and how long they took.
+//! Decides nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use protocol::ranges::ByteRange;
+
+use super::latency::{Latency, Percentiles};
+use super::volume_task::VolumeTask;
+use crate::nbd::{Backend, Completion, ExportInfo, IoError, Request as NbdRequest};
+use crate::volume::{Failure, Request, Zeroing};
+
+/// A client's request.
+pub(super) struct Token {
+    completion: Completion,
+    begun: Instant,
+    kind: Kind,
+    length: u64,
+}
+
+/// What its latency is counted as.
+#[derive(Clone, Copy)]
+enum Kind {
+    Read,
+    Change,
+    Flush,
+}
+
+/// What is measured of requests that were answered well.
+pub(super) struct Figures {
+    reads: Figure,
+    changes: Figure,
+}
+
+/// What is measured of one kind of them.
+struct Figure {
+    latency: Latency,
+    bytes: AtomicU64,
+}
+
+impl Figure {
+    fn new() -> Figure {
+        Figure { latency: Latency::new(), bytes: AtomicU64::new(0) }
+    }
+
+    fn record(&self, token: &Token) {
+        self.latency.record(token.begun.elapsed());
+        self.bytes.fetch_add(token.length, Ordering::Relaxed);
+    }
+}
+
+impl Figures {
+    pub(super) fn new() -> Figures {
+        Figures { reads: Figure::new(), changes: Figure::new() }
+    }
+
+    pub(super) fn read_latency(&self) -> Percentiles {
+        self.reads.latency.percentiles()
+    }
+
+    pub(super) fn change_latency(&self) -> Percentiles {
+        self.changes.latency.percentiles()
+    }
+
+    /// Bytes read.
+    pub(super) fn read_bytes(&self) -> u64 {
+        self.reads.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes written; zeroes without payload do not count.
+    pub(super) fn written_bytes(&self) -> u64 {
+        self.changes.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Answers a request, and measures it.
+    pub(super) fn answer(&self, token: Token, outcome: Result<Bytes, Failure>) {
+        if outcome.is_ok() {
+            match token.kind {
+                Kind::Read => self.reads.record(&token),
+                Kind::Change => self.changes.record(&token),
+                Kind::Flush => {}
+            }
+        }
+        token.completion.complete(outcome.map_err(|failure| match failure {
+            Failure::Io => IoError::Io,
+            Failure::NoSpace => IoError::NoSpace,
+            Failure::Shutdown => IoError::Shutdown,
+        }));
+    }
+}
+
+impl Backend for VolumeTask {
+    fn export(&self) -> ExportInfo {
+        let (name, description) = (self.name().to_owned(), self.description.clone());
+        ExportInfo { name, description, size_bytes: VolumeTask::size_bytes(self), read_only: false }
+    }
+
+    fn size_bytes(&self) -> u64 {
+        VolumeTask::size_bytes(self)
+    }
+
+    fn submit(&self, request: NbdRequest, completion: Completion) {
+        let (kind, length) = match &request {
+            NbdRequest::Read { length, .. } => (Kind::Read, u64::from(*length)),
+            NbdRequest::Write { data, .. } => (Kind::Change, data.len() as u64),
+            // They carry nothing.
+            NbdRequest::Trim { .. } | NbdRequest::WriteZeroes { .. } => (Kind::Change, 0),
+            NbdRequest::Flush => (Kind::Flush, 0),
+        };
+        let token = Token { completion, begun: Instant::now(), kind, length };
+        let request = match request {
+            NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
+            NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
+            NbdRequest::Flush => Request::Flush,
+            NbdRequest::Trim { offset, length, fua } => {
+                Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
+            }
+            NbdRequest::WriteZeroes { offset, length, fua, no_hole } => {
+                let how = if no_hole { Zeroing::ZeroKeepAllocated } else { Zeroing::Zero };
+                Request::Zero { range: ByteRange { offset, length }, fua, how }
+            }
+        };
+        self.drive(|volume, now| volume.submit(now, token, request));
+    }
+}
