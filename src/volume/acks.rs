@@ -31,7 +31,8 @@ impl<T> Acks<T> {
 
     /// Takes the next request whose place is at most `committed`, and when it was made.
     pub(super) fn pop_committed(&mut self, committed: Seq) -> Option<(T, Time)> {
-        let waiting = self.waiting.pop_front_if(|w| w.seq <= committed)?;
+        self.waiting.front().filter(|w| w.seq <= committed)?;
+        let waiting = self.waiting.pop_front()?;
         Some((waiting.token, waiting.asked_at))
     }
 

@@ -44,7 +44,7 @@ pub(super) struct Activation {
     /// Members that an operator gave up.
     without: Vec<ReplicaName>,
     /// Why it cannot go on, as far as people were told.
-    blocked: Option<StartRefusal>,
+    blocked: Option<Box<StartRefusal>>,
 }
 
 #[derive(Clone, Debug)]
@@ -207,8 +207,8 @@ impl<T> Volume<T> {
     fn block_start(&mut self, now: Time, refusal: StartRefusal) {
         let Some(activation) = self.activation() else { return };
         activation.started_at = now;
-        if activation.blocked.as_ref() != Some(&refusal) {
-            activation.blocked = Some(refusal.clone());
+        if activation.blocked.as_deref() != Some(&refusal) {
+            activation.blocked = Some(Box::new(refusal.clone()));
             self.events.push_back(Event::StartBlocked(refusal));
         }
     }
@@ -217,7 +217,7 @@ impl<T> Volume<T> {
     #[must_use]
     pub fn start_blocked(&self) -> Option<&StartRefusal> {
         match &self.phase {
-            Phase::Activating(activation) => activation.blocked.as_ref(),
+            Phase::Activating(activation) => activation.blocked.as_deref(),
             Phase::Serving | Phase::Dead => None,
         }
     }
@@ -531,7 +531,7 @@ impl<T> Volume<T> {
             // Another engine may do the same with the other half of the members, and both must not take one number: the
             // replicas could not be told apart when they meet again.
             let own = u64::from(u32::from_le_bytes([engine[0], engine[1], engine[2], 0]));
-            epoch = Epoch((epoch.0 >> FORCED_EPOCH_BITS) + 1 << FORCED_EPOCH_BITS | own);
+            epoch = Epoch((((epoch.0 >> FORCED_EPOCH_BITS) + 1) << FORCED_EPOCH_BITS) | own);
         }
         activation.highest_promised = epoch;
         self.epoch = epoch;
