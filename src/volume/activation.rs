@@ -612,14 +612,8 @@ impl<T> Volume<T> {
             })
         };
         let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
-        // With too few of the view in force nothing could ever be acknowledged, nor the others be dropped: rather wait for
-        // one from which those here can get what they lack.
-        if given_up == 0 {
-            let in_force = Membership::found(&truth.views).in_force;
-            let carrying = usable.iter().filter(|id| in_force.contains(&self.peers[**id].name)).count();
-            if carrying < self.view_change_needed(in_force.len()) {
-                return false;
-            }
+        if given_up == 0 && !self.can_carry(&truth, &usable) {
+            return false;
         }
         let goal = truth.position.seq;
         // What the source gave up all members hold; with all of them here, so do they what the last of them has. A
@@ -633,6 +627,20 @@ impl<T> Volume<T> {
         self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching_from: None }));
         self.advance_replay(now);
         true
+    }
+
+    /// Whether these members are enough to bring the view that was found into force and to change it. With fewer nothing
+    /// could ever be acknowledged nor the others be dropped: rather wait for one from which those here can get what they
+    /// lack.
+    fn can_carry(&self, truth: &Promised, usable: &[PeerId]) -> bool {
+        let carrying = |view: &View| usable.iter().filter(|id| view.contains(&self.peers[**id].name)).count();
+        let found = Membership::found(&truth.views);
+        let pending = found.pending.is_some();
+        let comes_into_force = carrying(&found.in_force) >= self.view_change_needed(found.in_force.len());
+        let target = found.target();
+        let change = self.view_change_needed(target.len());
+        let needed = change.max(self.record_of_epoch_needed(target.len(), truth.acks));
+        (comes_into_force || !pending) && carrying(target) >= needed
     }
 
     fn advance_replay(&mut self, now: Time) {
@@ -716,6 +724,7 @@ impl<T> Volume<T> {
         let nowhere = ByteRange { offset: 0, length: 0 };
         let seq = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
         self.history.note(Position { epoch: self.epoch, seq });
+        self.epoch_start = seq;
         let seq = self.force_view(now, given_up).unwrap_or(seq);
         for id in 0..self.peers.len() {
             let peer = &self.peers[id];

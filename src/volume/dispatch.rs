@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use protocol::message::ReadOutcome;
 use protocol::ranges::ByteRange;
-use protocol::{RECORD_PAYLOAD_BYTES_MAX, Seq, ToAgent};
+use protocol::{RECORD_PAYLOAD_BYTES_MAX, Seq, ToAgent, View};
 
 use super::membership::Membership;
 use super::peer::READS_OUTSTANDING_MAX;
@@ -114,14 +114,19 @@ impl<T> Volume<T> {
         serving && until <= self.committed(self.quorum_policy()) && self.has_lease(now)
     }
 
-    /// Whether enough members confirmed this epoch lately that no other engine can have activated.
+    /// Whether enough members confirmed this epoch lately that no other engine can have activated: by the view in force, or by
+    /// one that is pending, which another engine may have found.
     pub(super) fn has_lease(&self, now: Time) -> bool {
-        let Some(Membership { in_force, .. }) = &self.membership else { return false };
-        let confirmed = |p: &&super::Peer| {
-            in_force.contains(&p.name) && p.confirmed_at.is_some_and(|at| now.saturating_sub(at) < self.settings.lease)
+        let Some(Membership { in_force, pending }) = &self.membership else { return false };
+        let is_confirmed = |p: &&super::Peer| {
+            p.confirmed_at.is_some_and(|at| now.saturating_sub(at) < self.settings.lease)
+                && p.role != super::Role::Leaving
         };
-        let needed = self.quorum_policy().view_change(in_force.len());
-        self.peers.iter().filter(confirmed).count() >= needed
+        let holds = |view: &View| {
+            let confirmed = self.peers.iter().filter(is_confirmed).filter(|p| view.contains(&p.name)).count();
+            confirmed >= self.quorum_policy().view_change(view.len())
+        };
+        holds(in_force) && pending.as_ref().is_none_or(|pending| holds(&pending.view))
     }
 
     fn answer(&mut self, piece: u64, data: Bytes) {

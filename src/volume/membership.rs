@@ -167,9 +167,24 @@ impl<T> Volume<T> {
         others.count() >= self.view_change_needed(in_force.len())
     }
 
+    /// On so many members the first record of the epoch must be before this engine changes the view, so that no later engine
+    /// goes by a log without it. A view that was changed before that could be overlooked in favour of one that an earlier
+    /// engine left behind, as both would look like the latest.
+    pub(super) fn record_of_epoch_needed(&self, members: usize, before: Option<AckPolicies>) -> usize {
+        let needed = |policy: AckPolicy| policy.weaker(AckPolicy::Majority).needed(members);
+        needed(self.quorum_policy()).max(before.map_or(0, |acks| needed(acks.quorum())))
+    }
+
+    /// Whether this engine may change the view: none is pending, and its epoch is on record.
+    pub(super) fn may_change_view(&self) -> bool {
+        let Some(Membership { in_force, pending: None }) = &self.membership else { return false };
+        let needed = self.record_of_epoch_needed(in_force.len(), self.stored_acks);
+        self.durable_on(in_force, self.epoch_start) >= needed
+    }
+
     /// Lets members go that are too far behind for too long, one at a time.
     pub(super) fn enforce_limits(&mut self, now: Time) {
-        if self.membership.as_ref().is_none_or(|m| m.pending.is_some()) {
+        if !self.may_change_view() {
             return;
         }
         for id in 0..self.peers.len() {
@@ -215,6 +230,7 @@ impl<T> Volume<T> {
         let name = self.peers[id].name.clone();
         let Some(membership) = &self.membership else { return };
         let Some(view) = membership.in_force.without(&name) else { return };
+        self.keep_from_synced(now);
         let ranges_max = ViewChange::ranges_max(self.record_payload_bytes_max).max(1);
         let (acknowledged, ranges) = self.account_of(id);
         let unacknowledged = merge(ranges, ranges_max);
@@ -229,8 +245,9 @@ impl<T> Volume<T> {
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));
     }
 
-    /// Gives out the record that takes a replica into the view. No other view change may be pending.
+    /// Gives out the record that takes a replica into the view.
     pub(super) fn propose_join(&mut self, now: Time, id: PeerId) {
+        assert!(self.may_change_view(), "one view change at a time");
         let name = self.peers[id].name.clone();
         let Some(view) = self.membership.as_ref().and_then(|m| m.in_force.with(&name)) else { return };
         self.peers[id].role = Role::Joining;

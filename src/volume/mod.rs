@@ -82,6 +82,8 @@ pub struct Volume<T> {
     size_bytes: u64,
     epoch: Epoch,
     history: EpochHistory,
+    /// The first record of this epoch.
+    epoch_start: Seq,
     /// As of the last record given out.
     views: Option<ViewState>,
     /// Replicas out of the view, and up to where members know each to hold everything.
@@ -158,6 +160,7 @@ impl<T> Volume<T> {
             size_bytes: settings.size_bytes,
             epoch: Epoch(0),
             history: EpochHistory::default(),
+            epoch_start: Seq(0),
             views: None,
             tracked: BTreeMap::new(),
             stable_survey: None,

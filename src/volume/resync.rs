@@ -69,8 +69,6 @@ enum FinishState {
     CatchUp,
     /// `Synced` was sent.
     Asked,
-    /// It is syncing no more; the view with it can be proposed.
-    InSync,
 }
 
 /// How far a resync is, for people.
@@ -162,7 +160,6 @@ impl<T> Volume<T> {
             Step::Copy { .. } => self.advance_copying(now),
             Step::Finish { state: FinishState::CatchUp, .. } => self.send_synced(now),
             Step::Finish { state: FinishState::Asked, .. } => {}
-            Step::Finish { state: FinishState::InSync, .. } => self.join(now),
         }
     }
 
@@ -567,13 +564,13 @@ impl<T> Volume<T> {
         if self.stable_seq().is_none_or(|stable| stable < *from) {
             return;
         }
+        let may_join = self.may_change_view();
         let Some(log) = &self.log else { return };
         let Some(resync) = &mut self.resync else { return };
         let peer = &mut self.peers[resync.peer];
         let behind = log.bytes_between(peer.durable, log.last());
         let near = behind <= (self.settings.lag_bytes_max / 16).max(1 << 15) && peer.durable >= self.stable_told;
-        let settled = self.membership.as_ref().is_some_and(|m| m.pending.is_none());
-        if near && settled {
+        if near && may_join {
             peer.push_urgent(ToAgent::Synced);
             self.enter_finish(now, FinishState::Asked);
         }
@@ -589,20 +586,23 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_in_sync(&mut self, now: Time, peer: PeerId) {
-        let Some(Resync { peer: at, step: Step::Finish { state: FinishState::Asked, .. }, .. }) = &self.resync else {
+        let asked = |r: &&Resync| r.peer == peer && matches!(r.step, Step::Finish { state: FinishState::Asked, .. });
+        if !self.resync.as_ref().is_some_and(|r| asked(&r)) {
             return;
-        };
-        if *at == peer {
-            self.enter_finish(now, FinishState::InSync);
-            self.join(now);
         }
+        if !self.may_change_view() {
+            return self.end_resync(now, "the view cannot be changed just now".to_owned());
+        }
+        self.resync = None;
+        self.propose_join(now, peer);
     }
 
-    /// Proposes the view with the replica, unless another change is pending.
-    fn join(&mut self, now: Time) {
-        let settled = self.membership.as_ref().is_some_and(|m| m.pending.is_none());
-        if settled && let Some(resync) = self.resync.take() {
-            self.propose_join(now, resync.peer);
+    /// A view change of others is about to be given out. A replica that was told that it is in sync, and is not a member
+    /// yet, must not get it: it could be the only one to do so, and would name a view that nobody else knows of.
+    pub(super) fn keep_from_synced(&mut self, now: Time) {
+        let told = |r: &Resync| matches!(r.step, Step::Finish { state: FinishState::Asked, .. });
+        if self.resync.as_ref().is_some_and(told) {
+            self.end_resync(now, "a member leaves the view first".to_owned());
         }
     }
 }

@@ -18,7 +18,7 @@ pub struct Counterexample {
 /// Tries every history within the bounds, and demands that every property holds and every example occurs.
 ///
 /// # Panics
-/// With the shortest history that breaks a property, or the name of the example that does not occur.
+/// With a short history that breaks a property, or the name of the example that does not occur.
 pub fn assert_holds(name: &str, model: Protocol) {
     let begun = Instant::now();
     // Depth first: the same states, but few of them wait in memory at a time.
@@ -33,15 +33,16 @@ pub fn assert_holds(name: &str, model: Protocol) {
     let found = checker.discoveries();
     for property in model.properties() {
         match (property.expectation.discovery_is_failure(), found.contains_key(property.name)) {
-            (true, true) => panic!("{}", shortest_counterexample(model).map_or_else(String::new, |c| c.story())),
+            (true, true) => panic!("{}", find_counterexample(model).map_or_else(String::new, |c| c.story())),
             (false, false) => panic!("{name}, {:?}: never happens: {}", model.policy, property.name),
             (true, false) | (false, true) => {}
         }
     }
 }
 
-/// The shortest history within the bounds that breaks a property, if there is one.
-pub fn shortest_counterexample(model: Protocol) -> Option<Counterexample> {
+/// A history within the bounds that breaks a property, if there is one. It is among the shortest: the search goes by
+/// length, but looks at many histories before it stops.
+pub fn find_counterexample(model: Protocol) -> Option<Counterexample> {
     let checker = model.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     let failures = model.properties().into_iter().filter(|p| p.expectation.discovery_is_failure());
     let found = failures.filter_map(|property| Some((property.name, checker.discovery(property.name)?)));

@@ -36,7 +36,7 @@ mod trace;
 
 use protocol::AckPolicy;
 
-use crate::check::{assert_holds, shortest_counterexample};
+use crate::check::{assert_holds, find_counterexample};
 use crate::rules::{Bounds, Protocol, Rules};
 
 const POLICIES: [AckPolicy; 3] = [AckPolicy::First, AckPolicy::Majority, AckPolicy::All];
@@ -95,7 +95,7 @@ fn larger_bounds_hold_too_when_asked_for() {
 
 /// Demands that with these rules something goes wrong, and tells what.
 fn assert_goes_wrong(policy: AckPolicy, rules: Rules, bounds: Bounds, property: &str) {
-    let found = shortest_counterexample(Protocol { policy, rules, bounds }).expect("a history that goes wrong");
+    let found = find_counterexample(Protocol { policy, rules, bounds }).expect("a history that goes wrong");
     println!("{policy:?}, {} steps\n{}", found.steps.len(), found.story());
     assert_eq!(found.property, property);
 }

@@ -1,7 +1,7 @@
 //! One moment of the modelled world: replicas with what is on their disks, engines with what they know, and how much of
 //! the bounds is used up. Never decides what may happen next; that is `actions`.
 
-use crate::record::{Blocks, Log, Members, REPLICAS_MAX};
+use crate::record::{Blocks, Log, Members, REPLICAS_MAX, Record};
 
 /// An agent. All of it is durable, except whether it is up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -128,9 +128,9 @@ impl Engine {
         self.order.records.iter().position(|record| record.epoch == self.epoch)
     }
 
-    /// What it acknowledged, in places.
-    pub fn acknowledged(&self) -> Log {
-        self.order.up_to(self.committed)
+    /// What it may have acknowledged.
+    pub fn acknowledged(&self) -> &[Record] {
+        &self.order.records[..self.committed]
     }
 
     /// Members that are being sent records and may be read from: those in force that no pending change drops.

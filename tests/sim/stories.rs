@@ -329,3 +329,40 @@ fn setups_of_random_runs_are_of_every_kind() {
     }
     assert!(setups.iter().any(|s| s.throttle) && setups.iter().any(|s| s.min_replicas == 2));
 }
+
+#[test]
+fn a_view_is_not_changed_before_the_epoch_is_on_record() {
+    // Of four, the first engine's drop of d is on a alone. The second engine finds b, c and d and must not drop a before
+    // enough of them hold its first record: the third engine finds a and b.
+    for moment in 0..40 {
+        let mut w = serving(Setup { replicas: 4, ..Setup::quiet(900 + moment, AckPolicy::Majority) });
+        w.kill_agent(3, false);
+        assert!(w.run_until(LONG, |w| w.dropped_for(DropReason::LagTime)));
+        w.stall_agent(1, ms(20));
+        w.stall_agent(2, ms(20));
+        assert!(w.run_until(LONG, |w| w.agents[0].replica().superblock().views.view.len() == 3));
+        w.kill_engine(0);
+        w.kill_agent(0, false);
+        w.start_agent(3);
+        let e = w.start_engine(true);
+        w.run_until(ms(2000), |w| w.engines[e].volume.snapshot(w.now).seq > Seq(0));
+        w.stall_agent(1, ms(3000));
+        w.run_for(ms(moment));
+        let token = w.engines[e].is_serving().then(|| w.write(e, 0, 8, false));
+        w.run_for(ms(2500));
+        let acknowledged = token.filter(|token| w.answer(e, *token).is_some());
+        w.kill_engine(e);
+        w.kill_agent(2, false);
+        w.kill_agent(3, false);
+        w.start_agent(0);
+        let e = w.start_engine(true);
+        w.run_for(ms(3000));
+        w.start_agent(2);
+        w.start_agent(3);
+        assert!(w.run_until(LONG, |w| w.engines[e].is_serving()), "{:?}", w.refusals);
+        let now = w.read_now(e, 0, 8);
+        assert!(acknowledged.is_none_or(|token| now == payload(token, 0, 8)), "moment {moment}");
+        w.everyone_is_back(e);
+        w.settle_and_compare();
+    }
+}
