@@ -4,8 +4,12 @@
 //! nothing about volumes: it hands a checked config to the engine and says what came of it.
 
 mod demo;
+mod orders;
+mod progress;
 mod serve;
+mod snippet;
 mod status;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,7 +18,7 @@ use clap::{Args, Parser, Subcommand};
 use listener_agent::config::{ByteSize, Endpoint};
 use listener_agent::console::{self, ConsoleArgs, Failure, say};
 
-use crate::admin::client::AdminUrl;
+use crate::admin::client::{AdminUrl, AskError};
 use crate::config::{EngineConfig, LoadError};
 use crate::runtime;
 
@@ -40,6 +44,27 @@ enum Command {
     Serve(ServeArgs),
     /// Show how a running engine, its volumes and replicas are doing
     Status(StatusArgs),
+    /// Watch a running engine in the terminal; q ends it
+    Top(EngineArgs),
+    /// Add, remove, replace or resync a replica of a volume that is being served
+    #[command(subcommand)]
+    Replica(ReplicaCommand),
+    /// Let a volume that is being served grow
+    Resize(ResizeArgs),
+    /// Start a volume without replicas that are lost for good; what only they hold is lost
+    Activate(ActivateArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum ReplicaCommand {
+    /// Format a new replica and copy the volume to it
+    Add(AddArgs),
+    /// Let a replica leave the volume for good; its files stay where they are
+    Remove(RemoveArgs),
+    /// Add a replica, and remove another when the new one holds everything
+    Replace(ReplaceArgs),
+    /// Bring back a replica that is out of the view now, without waiting for the next attempt
+    Resync(ResyncArgs),
 }
 
 #[derive(Debug, Args)]
@@ -80,14 +105,108 @@ struct ServeArgs {
     take_over: bool,
 }
 
+/// Which engine.
 #[derive(Debug, Args)]
-struct StatusArgs {
-    /// Ask the engine that was started with this config file
+struct EngineArgs {
+    /// The engine that was started with this config file
     #[arg(long, value_name = "FILE", conflicts_with = "admin")]
     config: Option<PathBuf>,
-    /// Ask the engine whose admin server is here
+    /// The engine whose admin server is here
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:10808")]
     admin: AdminUrl,
+}
+
+/// Where a new replica is.
+#[derive(Debug, Args)]
+struct PlaceArgs {
+    /// Where its listener agent listens: host:port or unix:/path
+    #[arg(long, value_name = "ADDRESS", required_unless_present = "path", conflicts_with_all = ["path", "image"])]
+    address: Option<Endpoint>,
+    /// Data directory of a replica inside the engine's process, on the engine's machine
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+    /// Block device that holds the image; whatever is on it is erased
+    #[arg(long, value_name = "DEVICE", requires = "path")]
+    image: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct AddArgs {
+    volume: String,
+    /// Name of the new replica
+    name: String,
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Return when the replica is added, without waiting until it holds everything
+    #[arg(long)]
+    no_wait: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct RemoveArgs {
+    volume: String,
+    /// Name of the replica
+    name: String,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ReplaceArgs {
+    volume: String,
+    /// Name of the replica that leaves
+    old: String,
+    /// Name of the replica that takes its place
+    new: String,
+    #[command(flatten)]
+    place: PlaceArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ResyncArgs {
+    volume: String,
+    /// Name of the replica
+    name: String,
+    /// Copy all of it anew; a member leaves the view for that
+    #[arg(long)]
+    full: bool,
+    /// Return at once, without waiting until it holds everything
+    #[arg(long)]
+    no_wait: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ResizeArgs {
+    volume: String,
+    /// The new size, such as 20GiB; volumes only grow
+    size: ByteSize,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ActivateArgs {
+    volume: String,
+    /// A replica to do without; may be given more than once
+    #[arg(long, value_name = "NAME", required = true)]
+    without: Vec<String>,
+    /// Yes: what only these replicas hold may be lost, even if clients were told that it is durable
+    #[arg(long)]
+    accept_data_loss: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -107,12 +226,30 @@ pub fn main() -> ExitCode {
                 serve::run(&config, take_over, serve::announce_ready).await
             }
             Command::Status(args) => status::run(args).await,
+            Command::Top(engine) => top::run(&engine_url(&engine)?).await,
+            Command::Replica(ReplicaCommand::Add(args)) => orders::add(args).await,
+            Command::Replica(ReplicaCommand::Remove(args)) => orders::remove(args).await,
+            Command::Replica(ReplicaCommand::Replace(args)) => orders::replace(args).await,
+            Command::Replica(ReplicaCommand::Resync(args)) => orders::resync(args).await,
+            Command::Resize(args) => orders::resize(args).await,
+            Command::Activate(args) => orders::activate(args).await,
         }
     })
 }
 
 fn load(file: &std::path::Path) -> Result<EngineConfig, Failure> {
     EngineConfig::load(file).map_err(unusable)
+}
+
+/// Where the admin server of the engine is that was asked for.
+fn engine_url(args: &EngineArgs) -> Result<AdminUrl, Failure> {
+    let Some(file) = &args.config else { return Ok(args.admin.clone()) };
+    AdminUrl::of_listener(&load(file)?.admin.listen)
+        .ok_or_else(|| Failure::usage(format_args!("{}: admin.listen is not a TCP address", file.display())))
+}
+
+fn not_answered(error: AskError) -> Failure {
+    Failure { exit_code: 1, message: error.to_string(), remedy: error.remedy().map(str::to_owned) }
 }
 
 fn unusable(error: LoadError) -> Failure {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::AckPolicy;
 
-pub use table::render;
+pub use table::{render, resync_progress};
 
 /// Something that can say how the engine is doing. Called for every request of the admin server, so it must be quick and
 /// must not wait for a disk or a peer.

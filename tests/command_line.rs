@@ -22,7 +22,7 @@ fn assert_fails(output: &Output, code: i32, message: &str, remedy: &str) {
 
 #[test]
 fn a_missing_config_file_is_exit_code_2_with_a_remedy() {
-    for command in ["create", "serve", "status"] {
+    for command in ["create", "serve", "status", "top"] {
         let output = nbdcast(&[command, "--config", "/nonexistent/engine.toml"]);
         assert_fails(&output, 2, "/nonexistent/engine.toml", "config/engine.toml");
     }
@@ -50,6 +50,37 @@ fn status_without_an_engine_is_exit_code_1_and_asks_whether_one_runs() {
 }
 
 #[test]
+fn giving_replicas_up_takes_a_word_more_and_is_exit_code_2_without_it() {
+    let output = nbdcast(&["activate", "vol0", "--without", "b", "--without", "c", "--admin", "127.0.0.1:1"]);
+    assert_fails(&output, 2, "without b, c, everything that only they hold is lost", "--accept-data-loss");
+}
+
+#[test]
+fn an_order_without_an_engine_is_exit_code_1_and_asks_whether_one_runs() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    drop(listener);
+    for order in [
+        &["replica", "add", "vol0", "d", "--path", "d"][..],
+        &["replica", "remove", "vol0", "d"],
+        &["replica", "replace", "vol0", "c", "d", "--address", "127.0.0.1:1"],
+        &["replica", "resync", "vol0", "d"],
+        &["resize", "vol0", "1GiB"],
+        &["activate", "vol0", "--without", "d", "--accept-data-loss"],
+        &["top"],
+    ] {
+        let output = nbdcast(&[order, &["--admin", &url]].concat());
+        assert_fails(&output, 1, &format!("no engine answers at {url}: "), "is `nbdcast serve` running?");
+    }
+}
+
+#[test]
+fn names_that_no_volume_has_are_exit_code_2() {
+    let output = nbdcast(&["replica", "remove", "../vol0", "d"]);
+    assert_fails(&output, 2, "\"../vol0\" is not allowed", "choose a name");
+}
+
+#[test]
 fn a_busy_admin_port_is_exit_code_1_and_touches_no_replica() {
     let busy = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = busy.local_addr().expect("an address").to_string();
@@ -68,7 +99,7 @@ fn a_busy_admin_port_is_exit_code_1_and_touches_no_replica() {
 
 #[test]
 fn wrong_usage_is_exit_code_2() {
-    for args in [&["frobnicate"][..], &["serve"], &[], &["demo", "--size", "1GB"]] {
+    for args in [&["frobnicate"][..], &["serve"], &[], &["demo", "--size", "1GB"], &["replica"], &["resize", "vol0"]] {
         assert_eq!(nbdcast(args).status.code(), Some(2), "{args:?}");
     }
 }

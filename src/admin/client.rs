@@ -1,4 +1,4 @@
-//! The other end of the admin server: what `nbdcast status` asks a running engine.
+//! The other end of the admin server: what `nbdcast status` asks a running engine, and how orders get there.
 //!
 //! Owns the admin URL and one bounded request. Prints nothing.
 
@@ -9,18 +9,21 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
-use hyper::header::HOST;
-use hyper::{Request, StatusCode};
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use listener_agent::config::{Endpoint, EndpointError};
+use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 
-use crate::status::StatusReport;
+use crate::status::{EventStatus, StatusReport};
 
 /// For the whole exchange; the engine answers from memory.
 const EXCHANGE_TIME_MAX: Duration = Duration::from_secs(5);
+/// For an order: formatting a replica writes out its journal.
+const ORDER_TIME_MAX: Duration = Duration::from_secs(900);
 /// Greatest answer taken, in bytes.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
@@ -107,10 +110,12 @@ pub enum AskError {
         source: io::Error,
     },
     /// Connected, but no complete answer in time.
-    #[error("no answer from {url} within {} s", EXCHANGE_TIME_MAX.as_secs())]
+    #[error("no answer from {url} within {} s", time_max.as_secs())]
     TimedOut {
         /// The address asked.
         url: AdminUrl,
+        /// How long it was waited.
+        time_max: Duration,
     },
     /// The exchange broke off, or is not HTTP.
     #[error("{url} did not answer as an nbdcast engine does: {reason}")]
@@ -128,53 +133,113 @@ pub enum AskError {
         /// The HTTP status.
         code: StatusCode,
     },
+    /// The engine does not carry out an order.
+    #[error("{message}")]
+    OrderRefused {
+        /// Why, one line.
+        message: String,
+        /// What to do about it, one line.
+        remedy: Option<String>,
+    },
 }
 
 impl AskError {
     /// What the operator can do about it, as one line.
-    pub fn remedy(&self) -> &'static str {
+    pub fn remedy(&self) -> Option<&str> {
         match self {
-            AskError::Connect { .. } => {
-                "is `nbdcast serve` running? Give its admin address with --admin URL, or its config with --config FILE"
+            AskError::Connect { .. } => Some(
+                "is `nbdcast serve` running? Give its admin address with --admin URL, or its config with --config FILE",
+            ),
+            AskError::TimedOut { .. } => {
+                Some("the engine may be overloaded or stopped; look at its log, then try again")
             }
-            AskError::TimedOut { .. } => "the engine may be overloaded or stopped; look at its log, then try again",
             AskError::Exchange { .. } | AskError::Refused { .. } => {
-                "another program may listen there; check --admin URL against admin.listen of the engine's config"
+                Some("another program may listen there; check --admin URL against admin.listen of the engine's config")
             }
+            AskError::OrderRefused { remedy, .. } => remedy.as_deref(),
         }
     }
 }
 
 /// Asks the engine at `url` for its status.
 pub async fn ask_status(url: &AdminUrl) -> Result<StatusReport, AskError> {
-    match tokio::time::timeout(EXCHANGE_TIME_MAX, exchange(url)).await {
-        Ok(report) => report,
-        Err(_) => Err(AskError::TimedOut { url: url.clone() }),
+    ask(url, "/status").await
+}
+
+/// Asks the engine at `url` for its last events, oldest first.
+pub async fn ask_events(url: &AdminUrl) -> Result<Vec<EventStatus>, AskError> {
+    ask(url, "/events").await
+}
+
+async fn ask<T: DeserializeOwned>(url: &AdminUrl, path: &str) -> Result<T, AskError> {
+    let (code, body) = exchange(url, Method::GET, path, String::new(), EXCHANGE_TIME_MAX).await?;
+    if code != StatusCode::OK {
+        return Err(AskError::Refused { url: url.clone(), code });
+    }
+    serde_json::from_slice(&body).map_err(|error| AskError::Exchange { url: url.clone(), reason: error.to_string() })
+}
+
+/// Gives the engine at `url` an order, and waits until it is carried out as far as the engine waits for it. Returns what
+/// the engine says to that.
+pub async fn give_order(
+    url: &AdminUrl,
+    method: Method,
+    path: &str,
+    body: &serde_json::Value,
+) -> Result<String, AskError> {
+    let (code, body) = exchange(url, method, path, body.to_string(), ORDER_TIME_MAX).await?;
+    let text = String::from_utf8_lossy(&body);
+    if code.is_client_error() {
+        let (message, remedy) = match text.trim_end().split_once("\n  remedy: ") {
+            Some((message, remedy)) => (message.to_owned(), Some(remedy.to_owned())),
+            None => (text.trim_end().to_owned(), None),
+        };
+        return Err(AskError::OrderRefused { message, remedy });
+    }
+    if code != StatusCode::OK {
+        return Err(AskError::Refused { url: url.clone(), code });
+    }
+    let said: Option<serde_json::Value> = serde_json::from_str(&text).ok();
+    Ok(said.as_ref().and_then(|said| said["message"].as_str()).unwrap_or("done").to_owned())
+}
+
+async fn exchange(
+    url: &AdminUrl,
+    method: Method,
+    path: &str,
+    body: String,
+    time_max: Duration,
+) -> Result<(StatusCode, Bytes), AskError> {
+    match tokio::time::timeout(time_max, converse(url, method, path, body)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(AskError::TimedOut { url: url.clone(), time_max }),
     }
 }
 
-async fn exchange(url: &AdminUrl) -> Result<StatusReport, AskError> {
+async fn converse(url: &AdminUrl, method: Method, path: &str, body: String) -> Result<(StatusCode, Bytes), AskError> {
     let broken = |error: &dyn fmt::Display| AskError::Exchange { url: url.clone(), reason: error.to_string() };
-    let stream = TcpStream::connect((url.host.as_str(), url.port))
+    let connecting = tokio::time::timeout(EXCHANGE_TIME_MAX, TcpStream::connect((url.host.as_str(), url.port)));
+    let stream = connecting
         .await
+        .map_err(|_| AskError::TimedOut { url: url.clone(), time_max: EXCHANGE_TIME_MAX })?
         .map_err(|source| AskError::Connect { url: url.clone(), source })?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
     let authority = url.to_string();
-    let request = Request::get("/status")
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
         .header(HOST, authority.trim_start_matches("http://"))
-        .body(Empty::<Bytes>::new())
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(Bytes::from(body)))
         .map_err(|error| broken(&error))?;
     let ask = async move {
         let response = sender.send_request(request).await.map_err(|e| broken(&e))?;
         let code = response.status();
-        if code != StatusCode::OK {
-            let url = url.clone();
-            return Err(AskError::Refused { url, code });
-        }
         let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX);
-        body.collect().await.map_err(|error| broken(&error))
+        let body = body.collect().await.map_err(|error| broken(&error))?;
+        Ok((code, body.to_bytes()))
     };
     // The connection makes progress only while it is polled; its own error reaches the request as well.
-    let (body, _) = tokio::join!(ask, connection);
-    serde_json::from_slice(&body?.to_bytes()).map_err(|error| broken(&error))
+    let (answer, _) = tokio::join!(ask, connection);
+    answer
 }

@@ -59,6 +59,7 @@ fn counters(registry: &mut Registry, name: &str, help: &str) -> Counters {
 
 struct VolumeMetrics {
     serving: Gauges,
+    blocked: Gauges,
     size: Gauges,
     epoch: Gauges,
     seq: Gauges,
@@ -66,6 +67,8 @@ struct VolumeMetrics {
     exposed: Gauges,
     reads: Counters,
     writes: Counters,
+    read_bytes: Counters,
+    written_bytes: Counters,
     latency: Seconds,
 }
 
@@ -74,6 +77,7 @@ impl VolumeMetrics {
         let r = registry;
         VolumeMetrics {
             serving: gauges(r, "volume_serving", "1 if clients are answered, else 0"),
+            blocked: gauges(r, "volume_blocked", "1 if the volume waits for replicas to be started, else 0"),
             size: gauges(r, "volume_size_bytes", "Size of the volume"),
             epoch: gauges(r, "volume_epoch", "Epoch of the running activation"),
             seq: gauges(r, "volume_seq", "Last place given out in the volume's order"),
@@ -81,6 +85,8 @@ impl VolumeMetrics {
             exposed: gauges(r, "volume_exposed_bytes", "Acknowledged bytes held by fewer than two replicas"),
             reads: counters(r, "volume_reads", "Reads answered"),
             writes: counters(r, "volume_writes", "Writes, TRIMs and WRITE_ZEROES answered"),
+            read_bytes: counters(r, "volume_read_bytes", "Bytes of reads answered"),
+            written_bytes: counters(r, "volume_written_bytes", "Bytes of writes answered"),
             latency: seconds(r, "volume_latency_seconds", "Recent latency as clients see it, by quantile"),
         }
     }
@@ -91,6 +97,7 @@ impl VolumeMetrics {
         let members = u64::try_from(volume.view.len()).unwrap_or(u64::MAX);
         for (family, value) in [
             (&self.serving, u64::from(serving)),
+            (&self.blocked, u64::from(volume.blocked.is_some())),
             (&self.size, volume.size),
             (&self.epoch, volume.epoch),
             (&self.seq, volume.seq),
@@ -101,6 +108,8 @@ impl VolumeMetrics {
         }
         self.reads.get_or_create(&labels).inc_by(volume.reads);
         self.writes.get_or_create(&labels).inc_by(volume.writes);
+        self.read_bytes.get_or_create(&labels).inc_by(volume.read_bytes);
+        self.written_bytes.get_or_create(&labels).inc_by(volume.written_bytes);
         self.set_latency(&volume.name, "read", volume.latency_us.read);
         self.set_latency(&volume.name, "write", volume.latency_us.write);
     }
@@ -126,6 +135,7 @@ struct ReplicaMetrics {
     lag_seconds: Seconds,
     resync_done: Gauges,
     resync_total: Gauges,
+    resync_rate: Gauges,
     checksum_errors: Counters,
     repaired_blocks: Counters,
 }
@@ -141,6 +151,7 @@ impl ReplicaMetrics {
             lag_seconds: seconds(r, "replica_lag_seconds", "Time that the replica is behind"),
             resync_done: gauges(r, "replica_resync_done_bytes", "Bytes copied by a running resync"),
             resync_total: gauges(r, "replica_resync_total_bytes", "Bytes to copy by a running resync"),
+            resync_rate: gauges(r, "replica_resync_bytes_per_second", "Recent rate of a running resync"),
             checksum_errors: counters(r, "replica_checksum_errors", "Blocks found to differ from their checksum"),
             repaired_blocks: counters(r, "replica_repaired_blocks", "Blocks repaired from a member"),
         }
@@ -154,9 +165,9 @@ impl ReplicaMetrics {
             let here = u64::from(state == replica.state);
             self.state.get_or_create(&labels).set(here);
         }
-        let (done, total) = match replica.resync {
-            Some(resync) => (resync.done_bytes, resync.total_bytes),
-            None => (0, 0),
+        let (done, total, rate) = match replica.resync {
+            Some(resync) => (resync.done_bytes, resync.total_bytes, resync.bytes_per_second),
+            None => (0, 0, 0),
         };
         for (family, value) in [
             (&self.durable_seq, replica.durable_seq),
@@ -164,6 +175,7 @@ impl ReplicaMetrics {
             (&self.lag_bytes, replica.lag_bytes),
             (&self.resync_done, done),
             (&self.resync_total, total),
+            (&self.resync_rate, rate),
         ] {
             family.get_or_create(&labels).set(value);
         }

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::client::{AdminUrl, AskError, ask_status};
+use super::client::{AdminUrl, AskError, ask_events, ask_status, give_order};
 use super::control::{Order, OrderOutcome, OrderRefused};
 use super::*;
 use crate::status::tests::sample;
@@ -108,6 +108,10 @@ async fn metrics_name_volume_and_replica() {
         r#"nbdcast_volume_size_bytes{volume="vol0"} 10737418240"#,
         r#"nbdcast_volume_writes_total{volume="vol0"} 9001"#,
         r#"nbdcast_volume_latency_seconds{volume="vol0",operation="write",quantile="0.99"} 2.5"#,
+        r#"nbdcast_volume_blocked{volume="vol0"} 0"#,
+        r#"nbdcast_volume_written_bytes_total{volume="vol0"} 36868096"#,
+        r#"nbdcast_replica_resync_done_bytes{volume="vol0",replica="c"} 536870912"#,
+        r#"nbdcast_replica_resync_bytes_per_second{volume="vol0",replica="c"} 104857600"#,
         r#"nbdcast_replica_state{volume="vol0",replica="c",state="syncing"} 1"#,
         r#"nbdcast_replica_state{volume="vol0",replica="c",state="member"} 0"#,
         r#"nbdcast_replica_lag_seconds{volume="vol0",replica="b"} 1.25"#,
@@ -152,6 +156,19 @@ async fn an_order_is_carried_out_and_answered() {
     let answer = running.post("/volumes/other/resize", JSON, r#"{"size":"2GiB"}"#).await;
     assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     assert!(answer.ends_with("\r\n\r\nthere is no volume other\n  remedy: name vol0\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_client_gives_orders_and_gets_their_refusals() {
+    let running = Running::start().await;
+    let body = serde_json::json!({ "full": true });
+    let said = give_order(&running.url(), Method::POST, "/volumes/vol0/replicas/b/resync", &body).await;
+    assert_eq!(said.expect("an answer"), "done");
+    let error = give_order(&running.url(), Method::POST, "/volumes/x/replicas/b/resync", &body).await;
+    let error = error.expect_err("no such volume");
+    assert_eq!((error.to_string().as_str(), error.remedy()), ("there is no volume x", Some("name vol0")));
+    let events = ask_events(&running.url()).await.expect("events");
+    assert_eq!(events[0].replica.as_deref(), Some("b"));
 }
 
 #[tokio::test]
@@ -224,7 +241,7 @@ async fn a_stopped_server_frees_its_port_and_the_client_says_that_nobody_answers
     let error = ask_status(&url).await.expect_err("nobody listens");
     assert!(matches!(error, AskError::Connect { .. }), "{error}");
     assert!(error.to_string().starts_with(&format!("no engine answers at {url}: ")));
-    assert!(error.remedy().contains("is `nbdcast serve` running?"));
+    assert!(error.remedy().is_some_and(|remedy| remedy.contains("is `nbdcast serve` running?")));
     let address = running.address.to_string().parse().expect("an address");
     AdminServer::bind(&address).await.expect("the port is free again");
 }

@@ -21,7 +21,7 @@ fn the_command_line_is_consistent() {
 #[test]
 fn only_commands_that_exist_are_shown() {
     let shown: Vec<String> = Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
-    assert_eq!(shown, ["demo", "create", "serve", "status"]);
+    assert_eq!(shown, ["demo", "create", "serve", "status", "top", "replica", "resize", "activate"]);
 }
 
 #[test]
@@ -64,14 +64,47 @@ fn status_asks_one_engine() {
     let Ok(Command::Status(args)) = parse("status --json") else {
         panic!("status without an address");
     };
-    assert_eq!(args.admin.to_string(), "http://127.0.0.1:10808");
+    assert_eq!(args.engine.admin.to_string(), "http://127.0.0.1:10808");
     assert!(args.json);
     let Ok(Command::Status(args)) = parse("status --config f") else {
         panic!("status with a config");
     };
-    assert_eq!(args.config, Some(PathBuf::from("f")));
+    assert_eq!(args.engine.config, Some(PathBuf::from("f")));
     assert_eq!(parse("status --config f --admin http://h:1").unwrap_err(), ErrorKind::ArgumentConflict);
     assert_eq!(parse("status --admin https://h:1").unwrap_err(), ErrorKind::ValueValidation);
+}
+
+#[test]
+fn a_new_replica_has_one_place() {
+    let Ok(Command::Replica(ReplicaCommand::Add(args))) = parse("replica add vol0 d --address h:1 --no-wait") else {
+        panic!("add with an address");
+    };
+    assert_eq!((args.volume.as_str(), args.name.as_str(), args.no_wait), ("vol0", "d", true));
+    assert!(parse("replica add vol0 d --path /d --image /dev/x").is_ok());
+    assert!(parse("replica replace vol0 c d --path /d --admin h:1").is_ok());
+    for (line, kind) in [
+        ("replica add vol0 d", ErrorKind::MissingRequiredArgument),
+        ("replica add vol0 d --image /dev/x", ErrorKind::MissingRequiredArgument),
+        ("replica add vol0 d --address h:1 --path /d", ErrorKind::ArgumentConflict),
+        ("replica add vol0 d --address h:1 --image /dev/x", ErrorKind::ArgumentConflict),
+        ("replica add vol0 --path /d", ErrorKind::MissingRequiredArgument),
+        ("replica replace vol0 d --path /d", ErrorKind::MissingRequiredArgument),
+        ("replica remove vol0", ErrorKind::MissingRequiredArgument),
+        ("replica", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+        ("resize vol0 20GB", ErrorKind::ValueValidation),
+        ("activate vol0 --accept-data-loss", ErrorKind::MissingRequiredArgument),
+    ] {
+        assert_eq!(parse(line).unwrap_err(), kind, "{line}");
+    }
+}
+
+#[test]
+fn activate_takes_several_names() {
+    let Ok(Command::Activate(args)) = parse("activate vol0 --without b --without c --accept-data-loss") else {
+        panic!("activate without two");
+    };
+    assert_eq!(args.without, ["b", "c"]);
+    assert!(args.accept_data_loss);
 }
 
 #[test]

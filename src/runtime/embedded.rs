@@ -163,6 +163,16 @@ impl EmbeddedLink {
         drop(earlier);
     }
 
+    /// Lets go of the files that are open, if any, to open those that are in the directory now.
+    pub(super) async fn reopen(&self) {
+        let session = locked(&self.shared.session).take();
+        drop(session);
+        let host = locked(&self.shared.host).take();
+        // Its threads are waited for. One that panicked was reported when it did.
+        let _ = tokio::task::spawn_blocking(move || drop(host)).await;
+        self.shared.disconnect.notify_one();
+    }
+
     /// Ends the session and begins to mark the replica clean; the task returns whether it is. With a disk that hangs it
     /// may never return.
     pub(super) fn close(&self, deadline: Instant) -> JoinHandle<bool> {

@@ -74,8 +74,8 @@ impl From<CommandRefusal> for OrderRefused {
                 "bring the other members back, or add a replica and wait until it is a member"
             }
             CommandRefusal::InSync { .. } => {
-                "nothing needs to be done; --full has all of it copied anew, and one out of reach leaves by itself after \
-                 lag_ms_max"
+                "it gets what it lacks as a member; --full has all of it copied anew, and one out of reach leaves the view \
+                 after lag_ms_max and can be brought back then"
             }
             CommandRefusal::Busy => "try again in a moment",
             CommandRefusal::Size { .. } => "give a greater size, a multiple of 4KiB up to 64TiB",
@@ -175,6 +175,9 @@ impl VolumeTask {
         let mut made = false;
         if let Some((_, place)) = seated.filter(|(_, place)| !is_member && self.may_be_gone(place)) {
             made = self.make_room(&snapshot.view, uuid, replica, place).await?;
+            if made {
+                self.reopen(place).await;
+            }
         }
         self.command(Command::Resync { replica: name(replica), full })?;
         let how = if made { "was formatted anew and " } else { "" };
@@ -182,7 +185,7 @@ impl VolumeTask {
         Ok(format!("replica {replica} of volume {} {how}is brought back: {what} is copied", self.name()))
     }
 
-    /// Whether it makes sense to look for the replica: one in this process that is there is open already.
+    /// Whether it makes sense to look for the replica: the link has opened one in this process that is there.
     fn may_be_gone(&self, place: &ReplicaPlace) -> bool {
         match place {
             ReplicaPlace::Agent(_) => true,

@@ -137,8 +137,16 @@ impl Slot {
         }
     }
 
-    /// Ends the link and marks a replica in this process clean; returns whether it is. Give up the replica's lock at the
-    /// latest at `deadline`, unless its disk hangs.
+    /// The replica was made anew: a link in this process goes over to the new files.
+    pub(super) async fn reopen(&self) {
+        match &self.link {
+            Link::Agent(_) => {}
+            Link::Embedded(link) => link.reopen().await,
+        }
+    }
+
+    /// Ends the link and marks a replica in this process clean; returns whether it is. The replica's lock is given up by
+    /// then, unless its disk hangs.
     pub(super) async fn close(&self, deadline: Instant) -> bool {
         match &self.link {
             Link::Agent(link) => {

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use super::StartError;
 use super::events::EventLog;
 use super::front::{Figures, Token};
-use super::seat::{Link, Slot, Slots, name};
+use super::seat::{Link, Slot, Slots, address_of, name};
 use crate::config::{OnLag, ReadPolicy, ReplicaPlace, VolumeConfig};
 use crate::status::EventSeverity;
 use crate::volume::{
@@ -209,6 +209,7 @@ impl VolumeTask {
             Event::Completed(token, outcome) => self.figures.answer(token, outcome),
             Event::Serving => {
                 info!("volume {}: serving", self.name());
+                self.note(None, EventSeverity::Info, "serves".to_owned());
                 self.outcome.send_replace(Outcome::Serving);
             }
             Event::StartBlocked(refusal) => {
@@ -314,6 +315,7 @@ impl VolumeTask {
 
     /// Gives a new replica its seat and begins to connect to it.
     pub(super) fn seat(&self, replica: ReplicaName, place: ReplicaPlace, link: Link) -> Result<(), CommandRefusal> {
+        let name = replica.to_string();
         let mut seated = Err(CommandRefusal::NotServing);
         self.drive_core(|core, now| {
             seated = core.volume.add_replica(now, replica).map(|peer| {
@@ -322,7 +324,20 @@ impl VolumeTask {
                 slot
             });
         });
-        seated.map(|slot| slot.start())
+        let slot = seated?;
+        let text = format!("added at {}", address_of(&slot.place));
+        info!("volume {}, replica {name}: {text}", self.name());
+        self.note(Some(name), EventSeverity::Info, text);
+        slot.start();
+        Ok(())
+    }
+
+    /// The replica at `place` was made anew.
+    pub(super) async fn reopen(&self, place: &ReplicaPlace) {
+        let slots = self.slots();
+        if let Some(slot) = slots.iter().flatten().find(|slot| slot.place == *place) {
+            slot.reopen().await;
+        }
     }
 
     /// How the last growth ended, and how the next will.

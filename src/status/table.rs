@@ -8,7 +8,7 @@ use listener_agent::config::ByteSize;
 
 use super::{ReplicaState, ReplicaStatus, ResyncStatus, StatusReport, VolumeStatus};
 
-const HEADINGS: [&str; 7] = ["REPLICA", "STATE", "DURABLE", "LAG", "RESYNC", "CHECKSUMS", "ADDRESS"];
+const HEADINGS: [&str; 8] = ["REPLICA", "STATE", "DURABLE", "LAG", "RESYNC", "CHECKSUMS", "ADDRESS", "REASON"];
 
 /// The report as text of several lines, each with its line end.
 pub fn render(report: &StatusReport) -> String {
@@ -30,6 +30,9 @@ fn render_volume(volume: &VolumeStatus) -> String {
         volume.view.len(),
         volume.replicas.len(),
     );
+    if let Some(blocked) = &volume.blocked {
+        text.push_str(&format!("  does not start: {blocked}\n"));
+    }
     let (read, write) = (volume.latency_us.read, volume.latency_us.write);
     // Writing to a String cannot fail.
     let _ = writeln!(
@@ -66,15 +69,16 @@ fn word(policy: crate::config::AckPolicy) -> &'static str {
     }
 }
 
-fn row(replica: &ReplicaStatus) -> [String; 7] {
+fn row(replica: &ReplicaStatus) -> [String; 8] {
     [
         replica.name.clone(),
         replica.state.word().to_owned(),
         replica.durable_seq.to_string(),
         lag(replica),
-        replica.resync.as_ref().map_or("-".to_owned(), resync),
+        replica.resync.as_ref().map_or("-".to_owned(), resync_progress),
         checksums(replica),
         replica.address.clone(),
+        replica.reason.clone().unwrap_or_default(),
     ]
 }
 
@@ -85,7 +89,8 @@ fn lag(replica: &ReplicaStatus) -> String {
     format!("{} records, {}, {}", replica.lag_records, human(replica.lag_bytes), milliseconds(replica.lag_ms))
 }
 
-fn resync(resync: &ResyncStatus) -> String {
+/// How far a resync is: percent, rate, time to go.
+pub fn resync_progress(resync: &ResyncStatus) -> String {
     let percent = (u128::from(resync.done_bytes) * 100).checked_div(u128::from(resync.total_bytes)).unwrap_or(100);
     let mut text = format!("{percent} % of {}, {}/s", human(resync.total_bytes), human(resync.bytes_per_second));
     if let Some(seconds) = resync.eta_seconds {

@@ -34,10 +34,10 @@ fn people_see_one_aligned_row_per_replica() {
 vol0  SERVING  10 GiB  2 of 3 replicas in the view
   epoch 3, seq 18204, ack write=first flush=majority, exposed 8 KiB, uuid 6f1c1b0e-97a1-4d0c-8a52-0d8e8f6a4a11
   120 reads (p50 84 us, p99 1.9 ms), 9001 writes (p50 310 us, p99 2.5 s)
-  REPLICA  STATE    DURABLE  LAG                        RESYNC                                      CHECKSUMS          ADDRESS
+  REPLICA  STATE    DURABLE  LAG                        RESYNC                                      CHECKSUMS          ADDRESS             REASON
   a        member   18204    -                          -                                           ok                 127.0.0.1:10811
   b        member   18190    14 records, 56 KiB, 1.2 s  -                                           2 bad, 2 repaired  /var/lib/nbdcast/b
-  c        syncing  17000    -                          25 % of 2 GiB, 100 MiB/s, 1 min 15 s to go  ok                 127.0.0.1:10813
+  c        syncing  17000    -                          25 % of 2 GiB, 100 MiB/s, 1 min 15 s to go  ok                 127.0.0.1:10813     its disk was full
 ";
     let found = render(&sample());
     assert_eq!(found, expected, "found:\n{found}");

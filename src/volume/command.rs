@@ -70,7 +70,7 @@ pub enum CommandRefusal {
         replica: ReplicaName,
     },
     /// It is a member.
-    #[error("replica {replica} is in sync")]
+    #[error("replica {replica} is a member of the view")]
     InSync {
         /// Which.
         replica: ReplicaName,
