@@ -175,6 +175,25 @@ impl Cluster {
         self.engine = Some(program);
     }
 
+    /// Starts the engine in the expectation that it waits for replicas; returns what it says of that.
+    pub fn start_engine_blocked(&mut self) -> String {
+        let config = self.config();
+        let mut program = Program::start("nbdcast serve", &program::nbdcast(), |command| {
+            command.arg("serve").arg("--config").arg(config);
+        });
+        let waits = format!("nbdcast: volume {VOLUME} waits to be started: ");
+        let said = program.wait_for_line(&format!("`{waits}`"), |line| line.starts_with(&waits));
+        self.engine = Some(program);
+        said
+    }
+
+    /// Waits until an engine that waited for replicas serves.
+    pub fn wait_ready(&mut self) {
+        let ready = format!("ready {}", self.uri());
+        let program = self.engine.as_mut().expect("the engine is running");
+        program.wait_for_line(&format!("`{ready}`"), |line| line.trim() == ready);
+    }
+
     /// Runs `nbdcast serve` in the expectation that it refuses.
     pub fn serve_refused(&self) -> Finished {
         self.nbdcast(&["serve"])
