@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use crate::nbd::{Client, Endpoint};
 use crate::plan::{self, Plan, VOLUME};
 use crate::program::{self, Finished, Program};
+use crate::proxy::Proxy;
 use crate::scratch;
 use crate::status::{self, Status};
 
@@ -19,13 +20,15 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 pub struct Agent {
     pub name: String,
     pub port: u16,
+    /// Where engines dial it, if not at its own port.
+    pub dialled_at: Option<u16>,
     pub data: PathBuf,
     program: Option<Program>,
 }
 
 impl Agent {
     pub fn new(name: &str, data: PathBuf) -> Self {
-        Self { name: name.to_string(), port: scratch::free_port(), data, program: None }
+        Self { name: name.to_string(), port: scratch::free_port(), dialled_at: None, data, program: None }
     }
 
     /// The directory that holds this agent's replica of the volume.
@@ -137,7 +140,10 @@ impl Cluster {
         let replicas = self
             .agents
             .iter()
-            .map(|agent| (agent.name.clone(), format!("address = \"127.0.0.1:{}\"", agent.port)))
+            .map(|agent| {
+                let port = agent.dialled_at.unwrap_or(agent.port);
+                (agent.name.clone(), format!("address = \"127.0.0.1:{port}\""))
+            })
             .collect::<Vec<_>>();
         plan::config_text(&self.plan, &self.endpoint, self.admin_port, &replicas)
     }
@@ -165,10 +171,24 @@ impl Cluster {
         assert!(finished.status.success(), "nbdcast create failed: {finished}");
     }
 
+    /// Puts a proxy between engines and the agent `name`; before anything runs.
+    pub fn proxied(&mut self, name: &str) -> Proxy {
+        let agent = self.agent_mut(name);
+        let proxy = Proxy::start(agent.port);
+        agent.dialled_at = Some(proxy.port);
+        self.write_config();
+        proxy
+    }
+
     pub fn start_engine(&mut self) {
+        self.start_engine_with(&[]);
+    }
+
+    /// Starts it with further arguments and waits until it serves.
+    pub fn start_engine_with(&mut self, arguments: &[&str]) {
         let config = self.config();
         let mut program = Program::start("nbdcast serve", &program::nbdcast(), |command| {
-            command.arg("serve").arg("--config").arg(config);
+            command.arg("serve").arg("--config").arg(config).args(arguments);
         });
         let ready = format!("ready {}", self.uri());
         program.wait_for_line(&format!("`{ready}`"), |line| line.trim() == ready);
@@ -217,6 +237,11 @@ impl Cluster {
     /// Whether the engine has ended by itself.
     pub fn engine_has_ended(&mut self) -> bool {
         self.engine.as_mut().is_none_or(Program::has_ended)
+    }
+
+    /// Hands over the running engine: the cluster has none from here on.
+    pub fn take_engine(&mut self) -> Program {
+        self.engine.take().expect("the engine is running")
     }
 
     pub fn kill_engine(&mut self) {

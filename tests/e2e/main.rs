@@ -5,13 +5,16 @@
 //! Nothing here looks inside the product: only the command line, the config files, NBD and the admin address are used.
 //!
 //! Environment: `NBDCAST_TEST_SEED` replays one seed, `NBDCAST_TEST_QUICK=1` runs a tenth of the random rounds,
-//! `NBDCAST_TEST_KEEP=1` leaves the test directories behind.
+//! `NBDCAST_TEST_LONG=1` lets some stories go on for minutes, `NBDCAST_TEST_KEEP=1` leaves the test directories behind.
 
 mod cluster;
+mod endings;
+mod fio;
 mod ledger;
 mod nbd;
 mod plan;
 mod program;
+mod proxy;
 mod scratch;
 mod seed;
 mod status;
@@ -24,6 +27,7 @@ mod durability;
 mod errors;
 mod policies;
 mod powercut;
+mod recovery;
 mod replicas;
 mod stall;
 mod wraps;

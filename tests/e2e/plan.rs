@@ -15,6 +15,8 @@ pub struct Plan {
     pub lag_bytes_max: u64,
     pub lag_ms_max: u64,
     pub on_lag: &'static str,
+    pub freeze_ms: u64,
+    pub resync_rate_min: u64,
     pub replicas: usize,
     pub ack_write: &'static str,
     pub ack_flush: &'static str,
@@ -29,6 +31,8 @@ impl Default for Plan {
             lag_bytes_max: 16 << 20,
             lag_ms_max: 120_000,
             on_lag: "drop",
+            freeze_ms: 60_000,
+            resync_rate_min: 8 << 20,
             replicas: 3,
             ack_write: "first",
             ack_flush: "first",
@@ -46,7 +50,7 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
         "[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{}KiB\"\njournal_size = \"{}KiB\"\n\
          ack = {{ write = \"{}\", flush = \"{}\" }}\nlag_bytes_max = \"{}KiB\"\nlag_ms_max = {}\n\
-         on_lag = \"{}\"\nlease_ms = 500\n",
+         on_lag = \"{}\"\nfreeze_ms = {}\nresync_rate_min = \"{}KiB\"\nlease_ms = 500\n",
         plan.size >> 10,
         plan.journal_size >> 10,
         plan.ack_write,
@@ -54,6 +58,8 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
         plan.lag_bytes_max >> 10,
         plan.lag_ms_max,
         plan.on_lag,
+        plan.freeze_ms,
+        plan.resync_rate_min >> 10,
     );
     for (name, place) in replicas {
         let _ = write!(text, "\n[[volume.replica]]\nname = \"{name}\"\n{place}\n");

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::scratch;
+
 /// How long a program may take to say that it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long it may take to stop after SIGTERM: the contract says 5 s, a loaded machine may double it.
@@ -168,8 +170,18 @@ impl Program {
         kill_process(pid, signal).unwrap_or_else(|error| panic!("cannot signal {}: {error}", self.name));
     }
 
+    /// Stops it where it is; returns when none of its threads runs any more.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        scratch::wait_until(&format!("{} is stopped", self.name), STOP_LIMIT, || {
+            let mut tasks = std::fs::read_dir(&tasks).expect("a child has threads");
+            tasks.all(|task| {
+                let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+                // The state follows the name, which ends with the last parenthesis.
+                stat.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')))
+            })
+        });
     }
 
     pub fn thaw(&self) {

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use crate::cluster::{Agent, Cluster};
+use crate::cluster::Cluster;
+use crate::endings::offline;
 use crate::nbd::{CMD_TRIM, CMD_WRITE_ZEROES, Client, Endpoint, FLAG_FUA};
 use crate::plan::{self, Plan, VOLUME};
 use crate::program::{self, Program};
@@ -201,11 +202,4 @@ fn verify_names_the_block_that_rotted() {
     assert_eq!(verified.status.code(), Some(1), "{verified}");
     let said = format!("{}{}", verified.stdout, verified.stderr);
     assert!(said.contains("77"), "verify names block 77: {verified}");
-}
-
-/// Runs `listener-agent WORDS DIR` on the agent's replica of the volume.
-fn offline(words: &[&str], agent: &Agent) -> program::Finished {
-    let mut command = std::process::Command::new(program::listener_agent());
-    command.args(words).arg(agent.replica());
-    program::finish(&mut command, std::time::Duration::from_secs(60))
 }

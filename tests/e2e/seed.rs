@@ -63,3 +63,8 @@ pub fn rounds(full: u64) -> u64 {
 pub fn quick() -> bool {
     std::env::var_os("NBDCAST_TEST_QUICK").is_some_and(|value| value == "1")
 }
+
+/// Whether stories that go on for a time go on for minutes.
+pub fn long() -> bool {
+    std::env::var_os("NBDCAST_TEST_LONG").is_some_and(|value| value == "1")
+}
