@@ -30,4 +30,5 @@ mod powercut;
 mod recovery;
 mod replicas;
 mod stall;
+mod takeover;
 mod wraps;
