@@ -21,6 +21,7 @@ mod status;
 mod tools;
 mod writer;
 
+mod bounds;
 mod clients;
 mod crash;
 mod durability;
@@ -29,6 +30,7 @@ mod policies;
 mod powercut;
 mod recovery;
 mod replicas;
+mod resync;
 mod stall;
 mod takeover;
 mod wraps;
