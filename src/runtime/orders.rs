@@ -70,6 +70,7 @@ impl From<CommandRefusal> for OrderRefused {
             CommandRefusal::NotBlocked => {
                 "a start is reported as blocked when replicas did not answer for a while; see `nbdcast status`"
             }
+            CommandRefusal::Answers { .. } => "name only those that are missing, as the refused start names them",
             CommandRefusal::Needed { .. } => {
                 "bring the other members back, or add a replica and wait until it is a member"
             }

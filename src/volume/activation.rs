@@ -12,7 +12,6 @@
 //!
 //! Losing a participant before step 4, or meeting a higher promise, starts over with a new epoch; nothing was served.
 
-use std::fmt;
 use std::time::Duration;
 
 use protocol::message::{Promised, Welcome};
@@ -25,8 +24,8 @@ use protocol::record::ViewChange;
 use super::log::Log;
 use super::membership::Membership;
 use super::peer::{Lacks, Link, Role};
-use super::survey::{Survey, Surveyed};
-use super::{Event, Failure, Notice, PeerId, Phase, SinceStable, Time, Volume};
+use super::{Event, Failure, Notice, PeerId, Phase, Time, Volume};
+use super::{MissingReplica, StartRefusal};
 
 /// How long to wait for replicas that could be done without.
 const GRACE: Duration = Duration::from_millis(1000);
@@ -72,101 +71,6 @@ struct Replay {
     current: Option<(PeerId, Seq)>,
     /// The first record of the part that the source was asked for.
     fetching_from: Option<Seq>,
-}
-
-/// A replica that is needed and did not answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MissingReplica {
-    /// Its name.
-    pub replica: ReplicaName,
-    /// What stood in the way.
-    pub reason: String,
-}
-
-/// Why a volume does not start.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StartRefusal {
-    /// Not enough replicas answered at all to know the view.
-    Unknown {
-        /// Those that did not.
-        missing: Vec<MissingReplica>,
-    },
-    /// Too few members of the last view answered: records that were acknowledged may be on the missing ones only.
-    Missing {
-        /// The last view.
-        view: View,
-        /// How many of its members must answer.
-        needed: usize,
-        /// Those that did not.
-        missing: Vec<MissingReplica>,
-        /// The most advanced that did, and where it stands.
-        best: Option<(ReplicaName, Position)>,
-        /// Up to here the missing ones are known to have held everything.
-        held_at_least: Seq,
-    },
-    /// A member of the view is not in the configuration.
-    NotConfigured {
-        /// Which.
-        replica: ReplicaName,
-        /// The view.
-        view: View,
-    },
-    /// Another engine serves the volume.
-    OtherEngine {
-        /// The replica that said so.
-        replica: ReplicaName,
-    },
-    /// A replica that is needed takes no records.
-    Stalled {
-        /// Which.
-        replica: ReplicaName,
-        /// The record it stopped at.
-        at: Seq,
-    },
-    /// A replica is not one of this volume.
-    Mismatch {
-        /// Which.
-        replica: ReplicaName,
-        /// What differs.
-        what: String,
-    },
-}
-
-impl fmt::Display for StartRefusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |f: &mut fmt::Formatter<'_>, missing: &[MissingReplica]| -> fmt::Result {
-            for (i, m) in missing.iter().enumerate() {
-                write!(f, "{}replica {}: {}", if i == 0 { "" } else { "; " }, m.replica, m.reason)?;
-            }
-            Ok(())
-        };
-        match self {
-            StartRefusal::Unknown { missing } => {
-                write!(f, "no replica gave its position (")?;
-                list(f, missing)?;
-                write!(f, ")")
-            }
-            StartRefusal::Missing { view, needed, missing, best, held_at_least } => {
-                write!(f, "{needed} of the members {view} must answer to start; missing are ")?;
-                list(f, missing)?;
-                write!(f, "; they held everything up to record {held_at_least}")?;
-                if let Some((replica, position)) = best {
-                    write!(f, ", the most advanced of the others, {replica}, stands at {position}")?;
-                }
-                write!(f, "; writes acknowledged after that may be on the missing ones alone")
-            }
-            StartRefusal::NotConfigured { replica, view } => {
-                write!(f, "replica {replica} is a member of the last view ({view}) but not in the configuration")
-            }
-            StartRefusal::OtherEngine { replica } => {
-                write!(f, "another engine serves the volume, as replica {replica} says")
-            }
-            StartRefusal::Stalled { replica, at } => {
-                write!(f, "replica {replica} took no record after {at} for too long")
-            }
-            StartRefusal::Mismatch { replica, what } => write!(f, "replica {replica} {what}"),
-        }
-    }
 }
 
 impl Activation {
@@ -380,50 +284,6 @@ impl<T> Volume<T> {
         }
     }
 
-    // ---- what absent members may lack --------------------------------------------------------------------------
-
-    fn survey_of(&mut self, peer: PeerId) -> Option<&mut Survey> {
-        let of_stable = self.stable_survey.as_ref().is_some_and(|(_, survey)| survey.peer == peer);
-        if of_stable { self.stable_survey.as_mut().map(|(_, survey)| survey) } else { self.resync_surveys(peer) }
-    }
-
-    fn survey_part_ended(&mut self, now: Time, peer: PeerId, next: Seq) {
-        let Some(survey) = self.survey_of(peer) else { return };
-        let surveyed = survey.part_ended(next);
-        if self.stable_survey.as_ref().is_none_or(|(_, survey)| survey.peer != peer) {
-            return self.resync_surveyed(now, surveyed);
-        }
-        match surveyed {
-            Surveyed::Partly => {}
-            Surveyed::Whole => {
-                if let Some((stable, survey)) = self.stable_survey.take() {
-                    let until = survey.end();
-                    self.since_stable = Some(SinceStable { stable, until, ranges: survey.ranges() });
-                }
-            }
-            Surveyed::Failed => self.give_up_survey(),
-        }
-    }
-
-    /// Nobody knows then what members that were absent lack.
-    fn give_up_survey(&mut self) {
-        let whole = self.whole();
-        if let Some((_, survey)) = self.stable_survey.take() {
-            self.since_stable = Some(SinceStable { stable: Seq(0), until: survey.end(), ranges: vec![whole] });
-        }
-    }
-
-    pub(super) fn advance_survey(&mut self) {
-        let Some((_, survey)) = &mut self.stable_survey else { return };
-        let source = &mut self.peers[survey.peer];
-        if !source.is_ready_member() {
-            return self.give_up_survey();
-        }
-        if let Some((from, to)) = survey.question() {
-            source.push_urgent(ToAgent::Fetch { from, to });
-        }
-    }
-
     pub(super) fn activation_lost(&mut self, now: Time, peer: PeerId) {
         let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
         if replay.usable.contains(&peer) {
@@ -568,6 +428,12 @@ impl<T> Volume<T> {
         ids().filter(|(_, p)| p.position.seq >= stable).map(|(id, _)| id).collect()
     }
 
+    /// Whether a replica answered, and its answer counts in its own view.
+    pub(super) fn answers(&self, id: PeerId) -> bool {
+        let promised = self.peers[id].promised.as_ref();
+        promised.is_some_and(|p| self.answered(&p.views.view).contains(&id))
+    }
+
     /// Members of the view that an operator gave up and that did not answer.
     fn given_up(&self, view: &View, answered: &[PeerId]) -> Vec<ReplicaName> {
         let Phase::Activating(Activation { without, .. }) = &self.phase else { return Vec::new() };
@@ -604,14 +470,7 @@ impl<T> Volume<T> {
             self.refuse_start(StartRefusal::Mismatch { replica, what });
             return true;
         }
-        let is_usable = |id: &PeerId| {
-            self.peers[*id].promised.as_ref().is_some_and(|p| {
-                let own = p.position;
-                truth.history.has_prefix(own, truth.position)
-                    && (own.seq == truth.position.seq || truth.journal_first <= own.seq.next())
-            })
-        };
-        let usable: Vec<PeerId> = answered.into_iter().filter(is_usable).collect();
+        let usable: Vec<PeerId> = answered.into_iter().filter(|id| !self.is_stranger(*id, &truth)).collect();
         if given_up == 0 && !self.can_carry(&truth, &usable) {
             return false;
         }
@@ -754,18 +613,6 @@ impl<T> Volume<T> {
         seq
     }
 
-    fn survey_since(&mut self, stable: Seq, goal: Seq, source: PeerId, journal_first: Seq) {
-        let survey = Survey::new(source, stable, goal);
-        self.stable_survey = Some((stable, survey));
-        self.since_stable = None;
-        if stable >= goal {
-            self.stable_survey = None;
-            self.since_stable = Some(SinceStable { stable: goal, until: goal, ranges: Vec::new() });
-        } else if journal_first > stable.next() {
-            self.give_up_survey();
-        }
-    }
-
     /// The first record of the epoch does not become durable on enough members.
     fn block_unstarted(&mut self, now: Time, seq: Seq) {
         let Some(membership) = &self.membership else { return };
@@ -775,6 +622,15 @@ impl<T> Volume<T> {
             self.block_start(now, StartRefusal::Stalled { replica, at });
             self.progressed(now);
         }
+    }
+
+    /// Whether the log of a replica that answered cannot be brought up to that of another.
+    fn is_stranger(&self, id: PeerId, truth: &Promised) -> bool {
+        self.peers[id].promised.as_ref().is_some_and(|p| {
+            let own = p.position;
+            let is_behind = own.seq != truth.position.seq && truth.journal_first > own.seq.next();
+            !truth.history.has_prefix(own, truth.position) || is_behind
+        })
     }
 
     fn refuse_late(&mut self, now: Time) {
@@ -804,6 +660,11 @@ impl<T> Volume<T> {
         };
         let view = top.views.view.clone();
         let answered = self.answered(&view);
+        let strangers = answered.iter().filter(|id| self.is_stranger(**id, top)).map(|id| &self.peers[*id].name);
+        let strangers = strangers.map(|name| MissingReplica {
+            replica: name.clone(),
+            reason: "the others have not got what would bring it up to their history".to_owned(),
+        });
         let absent = view.members().iter().filter(|m| answered.iter().all(|id| self.peers[*id].name != **m));
         let best = answered
             .iter()
@@ -811,7 +672,7 @@ impl<T> Volume<T> {
             .max_by_key(|(_, position)| *position);
         let refusal = StartRefusal::Missing {
             needed: self.activation_policy(top).activation(view.len()),
-            missing: absent.map(missing).collect(),
+            missing: absent.map(missing).chain(strangers).collect(),
             best,
             held_at_least: top.stable,
             view,

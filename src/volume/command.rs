@@ -63,6 +63,12 @@ pub enum CommandRefusal {
     /// The volume is not waiting for replicas.
     #[error("the volume is not waiting for replicas that it could do without")]
     NotBlocked,
+    /// It is there and need not be given up.
+    #[error("replica {replica} answers: the volume need not do without it")]
+    Answers {
+        /// Which.
+        replica: ReplicaName,
+    },
     /// Without this replica the volume could not go on.
     #[error("replica {replica} cannot leave: too few members but it are in reach and hold everything")]
     Needed {
@@ -291,7 +297,10 @@ impl<T> Volume<T> {
 
     fn activate_without(&mut self, now: Time, replicas: Vec<ReplicaName>) -> Result<(), CommandRefusal> {
         for replica in &replicas {
-            self.find(replica)?;
+            let id = self.find(replica)?;
+            if self.answers(id) {
+                return Err(CommandRefusal::Answers { replica: replica.clone() });
+            }
         }
         let Phase::Activating(activation) = &mut self.phase else { return Err(CommandRefusal::NotBlocked) };
         if self.log.is_some() || !activation.is_blocked() {

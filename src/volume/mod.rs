@@ -28,6 +28,7 @@ mod notice;
 mod peer;
 mod rate;
 mod reads;
+mod refusal;
 mod resync;
 mod snapshot;
 mod survey;
@@ -46,7 +47,6 @@ use protocol::{
 
 use acks::Acks;
 use activation::Activation;
-pub use activation::{MissingReplica, StartRefusal};
 use command::Resizing;
 pub use command::{Command, CommandRefusal};
 pub use interface::{Event, Failure, ReadSpread, Request, VolumeSettings, Zeroing};
@@ -55,6 +55,7 @@ use membership::Membership;
 pub use notice::{DropReason, Notice, Severity};
 use peer::{Link, Peer, Role};
 use reads::Reads;
+pub use refusal::{MissingReplica, StartRefusal};
 use resync::Resync;
 pub use resync::ResyncSnapshot;
 pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};

@@ -1,10 +1,11 @@
 //! Which ranges the records in a replica's journal change. The records are fetched part by part, and only their ranges are
-//! kept.
+//! kept. Two such surveys are made: of the records that a returning replica alone has ([`super::resync`]), and of those
+//! that members which were absent at activation may lack.
 
 use protocol::ranges::{ByteRange, merge};
 use protocol::{Record, Seq};
 
-use super::PeerId;
+use super::{PeerId, SinceStable, Time, ToAgent, Volume};
 
 /// Ranges kept before they are merged.
 const RANGES_KEPT_MAX: usize = 64 * 1024;
@@ -76,6 +77,62 @@ impl Survey {
 
     pub(super) fn ranges(self) -> Vec<ByteRange> {
         self.ranges
+    }
+}
+
+impl<T> Volume<T> {
+    pub(super) fn survey_of(&mut self, peer: PeerId) -> Option<&mut Survey> {
+        let of_stable = self.stable_survey.as_ref().is_some_and(|(_, survey)| survey.peer == peer);
+        if of_stable { self.stable_survey.as_mut().map(|(_, survey)| survey) } else { self.resync_surveys(peer) }
+    }
+
+    pub(super) fn survey_part_ended(&mut self, now: Time, peer: PeerId, next: Seq) {
+        let Some(survey) = self.survey_of(peer) else { return };
+        let surveyed = survey.part_ended(next);
+        if self.stable_survey.as_ref().is_none_or(|(_, survey)| survey.peer != peer) {
+            return self.resync_surveyed(now, surveyed);
+        }
+        match surveyed {
+            Surveyed::Partly => {}
+            Surveyed::Whole => {
+                if let Some((stable, survey)) = self.stable_survey.take() {
+                    let until = survey.end();
+                    self.since_stable = Some(SinceStable { stable, until, ranges: survey.ranges() });
+                }
+            }
+            Surveyed::Failed => self.give_up_survey(),
+        }
+    }
+
+    /// Nobody knows then what members that were absent lack.
+    fn give_up_survey(&mut self) {
+        let whole = self.whole();
+        if let Some((_, survey)) = self.stable_survey.take() {
+            self.since_stable = Some(SinceStable { stable: Seq(0), until: survey.end(), ranges: vec![whole] });
+        }
+    }
+
+    pub(super) fn advance_survey(&mut self) {
+        let Some((_, survey)) = &mut self.stable_survey else { return };
+        let source = &mut self.peers[survey.peer];
+        if !source.is_ready_member() {
+            return self.give_up_survey();
+        }
+        if let Some((from, to)) = survey.question() {
+            source.push_urgent(ToAgent::Fetch { from, to });
+        }
+    }
+
+    pub(super) fn survey_since(&mut self, stable: Seq, goal: Seq, source: PeerId, journal_first: Seq) {
+        let survey = Survey::new(source, stable, goal);
+        self.stable_survey = Some((stable, survey));
+        self.since_stable = None;
+        if stable >= goal {
+            self.stable_survey = None;
+            self.since_stable = Some(SinceStable { stable: goal, until: goal, ranges: Vec::new() });
+        } else if journal_first > stable.next() {
+            self.give_up_survey();
+        }
     }
 }
 
