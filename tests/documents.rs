@@ -1,0 +1,50 @@
+//! What the documents say of the tests is true: every test that they name exists.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn files(dir: &Path, ending: &str, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).expect("the directory can be read") {
+        let path = entry.expect("the directory can be read").path();
+        if path.is_dir() {
+            files(&path, ending, found);
+        } else if path.extension().is_some_and(|e| e == ending) {
+            found.push(path);
+        }
+    }
+}
+
+fn tests() -> BTreeSet<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut sources = Vec::new();
+    for dir in ["tests", "src", "listener-agent", "protocol"] {
+        files(&root.join(dir), "rs", &mut sources);
+    }
+    let names = |path: PathBuf| {
+        let text = fs::read_to_string(path).expect("sources are text");
+        let after_fn =
+            text.split("fn ").skip(1).map(|rest| rest.split(['(', '<']).next().unwrap_or_default().to_owned());
+        after_fn.collect::<Vec<String>>()
+    };
+    sources.into_iter().flat_map(names).collect()
+}
+
+#[test]
+fn every_test_that_a_document_names_exists() {
+    let tests = tests();
+    let mut documents = Vec::new();
+    files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("docs"), "md", &mut documents);
+    let mut named = 0;
+    for document in documents {
+        let text = fs::read_to_string(&document).expect("documents are text");
+        // Tests have names of several words; nothing else in backticks has as many.
+        let words = text.split('`').skip(1).step_by(2).filter(|w| w.matches('_').count() >= 4);
+        for name in words.map(|w| w.rsplit("::").next().unwrap_or(w)) {
+            let is_name = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+            assert!(!is_name || tests.contains(name), "{} names the test {name}, which is nowhere", document.display());
+            named += usize::from(is_name);
+        }
+    }
+    assert!(named > 20, "only {named} tests are named");
+}
