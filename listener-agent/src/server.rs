@@ -115,6 +115,7 @@ impl AgentServer {
         let opening = replicas.clone();
         let volumes =
             volumes_in(&config.data).map_err(|cause| AgentError::Data { path: config.data.clone(), cause })?;
+        let holds_none = volumes.is_empty();
         let opened = tokio::task::spawn_blocking(move || {
             for volume in &volumes {
                 if let Err(e) = opening.host(volume) {
@@ -124,10 +125,10 @@ impl AgentServer {
         });
         opened.await.map_err(|e| AgentError::Data { path: config.data.clone(), cause: io::Error::other(e) })?;
         let served = replicas.open_volumes();
-        if served.is_empty() {
+        if holds_none {
             warn!("{} holds no replica yet", config.data.display());
         } else {
-            info!("serves {}", served.join(", "));
+            info!("serves {}", if served.is_empty() { "nothing".to_owned() } else { served.join(", ") });
         }
         let connections_max = config.limits.connections_max as usize;
         Ok(AgentServer { listener, address, replicas, connections_max, idle: VecDeque::new() })

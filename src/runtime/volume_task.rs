@@ -289,6 +289,7 @@ impl VolumeTask {
             | Notice::ReadFailed { .. }
             | Notice::Waiting { .. }
             | Notice::Lost { .. }
+            | Notice::Refuses { .. }
             | Notice::Back { .. }
             | Notice::Resyncing { .. }
             | Notice::ResyncEnded { .. }

@@ -261,6 +261,16 @@ impl<T> Volume<T> {
         at.last_error = Some(reason);
     }
 
+    /// Keeps why a replica refuses to serve, and says so once.
+    fn note_refusal(&mut self, peer: PeerId, reason: String) {
+        let at = &self.peers[peer];
+        if matches!(self.phase, Phase::Serving) && at.last_error.as_ref() != Some(&reason) {
+            let notice = Notice::Refuses { replica: at.name.clone(), reason: reason.clone() };
+            self.notice(notice);
+        }
+        self.note_trouble(peer, reason);
+    }
+
     /// Says that a member goes out of reach, and why.
     fn note_lost(&mut self, peer: PeerId) {
         let at = &self.peers[peer];
@@ -309,7 +319,7 @@ impl<T> Volume<T> {
                 | RefusedReason::HasData
                 | RefusedReason::Unusable
                 | RefusedReason::Protocol => {
-                    self.note_trouble(peer, refused.text);
+                    self.note_refusal(peer, refused.text);
                     self.peers[peer].holds_nothing = refused.reason == RefusedReason::NoReplica;
                     self.disconnect(now, peer);
                     self.activation_lost(now, peer);

@@ -53,6 +53,13 @@ pub enum Notice {
         /// Why.
         reason: String,
     },
+    /// A replica answers, but does not serve.
+    Refuses {
+        /// Which.
+        replica: ReplicaName,
+        /// Why.
+        reason: String,
+    },
     /// The connection to a member is gone.
     Lost {
         /// Which.
@@ -177,6 +184,7 @@ impl Notice {
             | Notice::Space { full: false, .. } => Severity::Info,
             Notice::Dropping { .. }
             | Notice::Lost { .. }
+            | Notice::Refuses { .. }
             | Notice::ResyncEnded { .. }
             | Notice::SizeDiffers { .. }
             | Notice::ResizeFailed { .. } => Severity::Warning,
@@ -198,6 +206,7 @@ impl Notice {
             | Notice::ReadFailed { replica, .. }
             | Notice::Waiting { replica, .. }
             | Notice::Lost { replica, .. }
+            | Notice::Refuses { replica, .. }
             | Notice::Back { replica, .. }
             | Notice::Resyncing { replica }
             | Notice::ResyncEnded { replica, .. }
@@ -229,6 +238,7 @@ impl fmt::Display for Notice {
             }
             Notice::ReadFailed { offset: None, .. } => f.write_str("a read failed"),
             Notice::Waiting { reason, .. } => write!(f, "waited for: {reason}"),
+            Notice::Refuses { reason, .. } => write!(f, "cannot be used: {reason}"),
             Notice::Lost { reason, .. } => {
                 write!(f, "out of reach: {reason}; its queue is kept up to the lag limits")
             }
