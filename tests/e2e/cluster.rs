@@ -171,6 +171,15 @@ impl Cluster {
         assert!(finished.status.success(), "nbdcast create failed: {finished}");
     }
 
+    /// Another agent, started, that no config names yet.
+    pub fn another_agent(&mut self, name: &str) {
+        let data = self.directory.path().join(name);
+        std::fs::create_dir(&data).expect("cannot make an agent's directory");
+        let mut agent = Agent::new(name, data);
+        agent.start();
+        self.agents.push(agent);
+    }
+
     /// Puts a proxy between engines and the agent `name`; before anything runs.
     pub fn proxied(&mut self, name: &str) -> Proxy {
         let agent = self.agent_mut(name);
@@ -186,28 +195,26 @@ impl Cluster {
 
     /// Starts it with further arguments and waits until it serves.
     pub fn start_engine_with(&mut self, arguments: &[&str]) {
-        let config = self.config();
-        let mut program = Program::start("nbdcast serve", &program::nbdcast(), |command| {
-            command.arg("serve").arg("--config").arg(config).args(arguments);
-        });
-        let ready = format!("ready {}", self.uri());
-        program.wait_for_line(&format!("`{ready}`"), |line| line.trim() == ready);
-        self.engine = Some(program);
+        self.launch_engine(arguments);
+        self.wait_ready();
     }
 
     /// Starts the engine in the expectation that it waits for replicas; returns what it says of that.
     pub fn start_engine_blocked(&mut self) -> String {
-        let config = self.config();
-        let mut program = Program::start("nbdcast serve", &program::nbdcast(), |command| {
-            command.arg("serve").arg("--config").arg(config);
-        });
+        self.launch_engine(&[]);
         let waits = format!("nbdcast: volume {VOLUME} waits to be started: ");
-        let said = program.wait_for_line(&format!("`{waits}`"), |line| line.starts_with(&waits));
-        self.engine = Some(program);
-        said
+        let program = self.engine.as_mut().expect("the engine was just started");
+        program.wait_for_line(&format!("`{waits}`"), |line| line.starts_with(&waits))
     }
 
-    /// Waits until an engine that waited for replicas serves.
+    fn launch_engine(&mut self, arguments: &[&str]) {
+        let config = self.config();
+        self.engine = Some(Program::start("nbdcast serve", &program::nbdcast(), |command| {
+            command.arg("serve").arg("--config").arg(config).args(arguments);
+        }));
+    }
+
+    /// Waits until the engine that was started serves.
     pub fn wait_ready(&mut self) {
         let ready = format!("ready {}", self.uri());
         let program = self.engine.as_mut().expect("the engine is running");
@@ -271,8 +278,13 @@ impl Cluster {
     }
 
     pub fn status(&self) -> Status {
+        Status::of(&self.status_document())
+    }
+
+    /// The whole of `/status`.
+    pub fn status_document(&self) -> serde_json::Value {
         let document = status::http_get(self.admin_port, "/status").expect("no answer from the admin address");
-        Status::of(&serde_json::from_str(&document).expect("/status is not JSON"))
+        serde_json::from_str(&document).expect("/status is not JSON")
     }
 
     /// Waits until `name` is a member that lacks nothing.

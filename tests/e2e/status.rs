@@ -22,6 +22,8 @@ pub struct ReplicaStatus {
     pub state: String,
     pub lag_records: u64,
     pub lag_bytes: u64,
+    /// Why it is not in order.
+    pub reason: Option<String>,
 }
 
 impl Status {
@@ -44,6 +46,7 @@ impl Status {
                     state: text(&replica["state"]),
                     lag_records: number(&replica["lag_records"]),
                     lag_bytes: number(&replica["lag_bytes"]),
+                    reason: replica["reason"].as_str().map(str::to_string),
                 })
                 .collect(),
         }
