@@ -28,6 +28,7 @@ mod crash;
 mod disks;
 mod durability;
 mod errors;
+mod operator;
 mod policies;
 mod powercut;
 mod recovery;
