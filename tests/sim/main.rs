@@ -11,6 +11,7 @@ mod check;
 mod disk;
 mod engine;
 mod net;
+mod obstacles;
 mod oracle;
 mod resync;
 mod rng;
