@@ -53,6 +53,7 @@ pub(super) struct Rate {
 
 impl Rate {
     pub(super) fn new(floor: u64, now: Time) -> Rate {
+        let floor = floor.min(RATE_MAX);
         Rate {
             floor,
             bytes_per_second: floor,
@@ -166,6 +167,12 @@ mod tests {
         copied(&mut rate, ms(3000), 5, suffering);
         let bytes = copied(&mut rate, ms(8000), 10, suffering);
         assert!((60 * MIB..200 * MIB).contains(&bytes), "{} MiB in 10 s", bytes / MIB);
+    }
+
+    #[test]
+    fn a_floor_above_what_any_disk_does_is_no_limit() {
+        let mut rate = Rate::new(64 << 30, Time::ZERO);
+        assert!(copied(&mut rate, Time::ZERO, 1, None) > 1000 * MIB);
     }
 
     #[test]
