@@ -150,6 +150,8 @@ impl DirtyMaps {
             for part in outside(&units, &entry.solid) {
                 entry.set(Plane::ToCopy, &part);
             }
+            // It may have marked records that are on their way to the replica; such marks outlast the copying.
+            entry.set(Plane::Recent, &units);
             entry.changed.insert(index);
         }
     }

@@ -157,6 +157,21 @@ fn copies_of_a_time_before_the_account_say_nothing() {
 }
 
 #[test]
+fn a_page_that_cannot_be_read_may_have_marked_records_on_their_way() {
+    let follow = |seq| step(seq, "b", DirtyStep::Follow { ranges: vec![] });
+    let mut m = maps(&[dropped(1, "b", 0, &[]), follow(2), write(3, range(0, UNIT))]);
+    let mut pages = m.begin_writing(Seq(3));
+    m.written();
+    let read_back = Superblock { tracked: m.headers(), tracked_seq: Seq(3), ..superblock() };
+    pages[0].bytes[100] ^= 1;
+    let mut m = DirtyMaps::of(&read_back);
+    m.restore(read_back.tracked[0].slot, 0, [&pages[0].bytes, &[0; PAGE_BYTES]], Seq(3));
+    m.note(&step(4, "b", DirtyStep::Copied { until: SIZE, followed: Seq(2) }), 1).unwrap();
+    m.note(&follow(5), 1).unwrap();
+    assert!(all_of(&m, "b").iter().any(|r| r.offset == 0), "record 3 never became durable there");
+}
+
+#[test]
 fn a_replica_keeps_no_account_of_itself_or_of_members() {
     let follow = |seq, subject| step(seq, subject, DirtyStep::Follow { ranges: vec![] });
     let m = maps(&[dropped(1, "a", 0, &[]), follow(2, "a"), dropped(3, "b", 0, &[]), added(4, "b"), follow(5, "c")]);
