@@ -61,7 +61,7 @@ pub type SessionId = u64;
 pub type Time = Duration;
 
 /// Payload and copies received but not applied, at most, bytes. An engine keeps far fewer in flight.
-pub const PENDING_BYTES_MAX: u64 = 64 << 20;
+pub const PENDING_BYTES_MAX: u64 = 96 << 20;
 /// With so much payload durable but not applied, bytes, nothing more is journaled until the image has caught up: an
 /// image slower than its journal then slows its replica down, which its engine sees as lag.
 const UNAPPLIED_BYTES_MAX: u64 = 32 << 20;
@@ -412,6 +412,7 @@ impl Replica {
         let promised = Promised {
             epoch: self.superblock.promised,
             position: self.durable,
+            size_bytes: self.size_bytes(),
             views: self.superblock.views.clone(),
             history: self.superblock.history.clone(),
             acks: self.superblock.acks,
