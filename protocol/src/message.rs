@@ -277,6 +277,8 @@ pub struct Promised {
     pub epoch: Epoch,
     /// The last durable record.
     pub position: Position,
+    /// Size of the volume as of that record, bytes.
+    pub size_bytes: u64,
     /// The views of the latest view record.
     pub views: ViewState,
     /// Which epoch gave out which places.
@@ -559,6 +561,7 @@ impl ToEngine {
             ToEngine::Promised(p) => {
                 out.put_u64_le(p.epoch.0);
                 cursor::put_position(out, p.position);
+                out.put_u64_le(p.size_bytes);
                 cursor::put_view_state(out, &p.views);
                 cursor::put_history(out, &p.history);
                 AckPolicies::encode_known(p.acks, out);
@@ -673,6 +676,7 @@ fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
     Ok(Promised {
         epoch: Epoch(r.u64("epoch")?),
         position: r.position("position")?,
+        size_bytes: r.u64("size")?,
         views: r.view_state("views")?,
         history: r.history("history")?,
         acks: AckPolicies::decode_known(r)?,

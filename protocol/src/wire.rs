@@ -231,6 +231,7 @@ mod tests {
         let promised = Promised {
             epoch: Epoch(4),
             position: Position { epoch: Epoch(2), seq: Seq(9) },
+            size_bytes: 1 << 30,
             views: ViewState::initial(view()),
             history,
             acks: None,

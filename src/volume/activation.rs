@@ -441,6 +441,14 @@ impl<T> Volume<T> {
         view.members().iter().filter(|m| without.contains(m) && !is_there(m)).cloned().collect()
     }
 
+    fn is_to_answer(&self, name: &ReplicaName) -> bool {
+        let peer = self.peers.iter().find(|p| p.name == *name);
+        peer.is_some_and(|p| match p.link {
+            Link::Greeting { .. } | Link::Welcomed | Link::Promising { .. } => true,
+            Link::Down { .. } | Link::Ready => false,
+        })
+    }
+
     /// Goes on to the replay if enough members have promised. Whether more may still come decides `waited`.
     fn try_choose(&mut self, now: Time, waited: bool) -> bool {
         let Some(top) = self.top().cloned() else { return false };
@@ -452,19 +460,20 @@ impl<T> Volume<T> {
             return true;
         }
         let answered = self.answered(view);
-        let given_up = self.given_up(view, &answered).len();
+        let given_up = self.given_up(view, &answered);
+        // One that was given up and is in reach may bring what it alone holds.
+        let away = given_up.iter().filter(|name| !self.is_to_answer(name)).count();
+        let given_up = given_up.len();
         let enough = answered.len() + given_up >= self.activation_policy(&top).activation(view.len());
-        let may_come = answered.len() + given_up < view.len() && !waited;
+        let may_come = answered.len() + away < view.len() && !waited;
         if !enough || may_come {
             return false;
         }
         let position = |id: &PeerId| self.peers[*id].promised.as_ref().map(|p| p.position);
         let Some(source) = answered.iter().copied().max_by_key(position) else { return false };
         let Some(truth) = self.peers[source].promised.clone() else { return false };
-        if let Some(welcome) = &self.peers[source].welcome
-            && welcome.size_bytes < self.settings.size_bytes
-        {
-            let (found, size) = (welcome.size_bytes, self.settings.size_bytes);
+        if truth.size_bytes < self.settings.size_bytes {
+            let (found, size) = (truth.size_bytes, self.settings.size_bytes);
             let what = format!("has {found} bytes, the configuration says {size}");
             let replica = self.peers[source].name.clone();
             self.refuse_start(StartRefusal::Mismatch { replica, what });
@@ -549,7 +558,7 @@ impl<T> Volume<T> {
         let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
         let (goal, usable, source) = (replay.goal, replay.usable.clone(), replay.source);
         let Some(truth) = self.peers[source].promised.clone() else { return };
-        let size_bytes = self.peers[source].welcome.as_ref().map_or(self.settings.size_bytes, |w| w.size_bytes);
+        let size_bytes = truth.size_bytes;
         let given_up = self.given_up(&truth.views.view, &self.answered(&truth.views.view));
         let membership = match given_up.iter().try_fold(truth.views.view.clone(), |view, gone| view.without(gone)) {
             Some(view) if !given_up.is_empty() => Membership { in_force: view, pending: None },

@@ -216,7 +216,9 @@ impl<T> Volume<T> {
         match self.peers[id].role {
             Role::Member if full => self.let_go(id)?,
             Role::Member | Role::Joining => return Err(CommandRefusal::InSync { replica }),
-            Role::Syncing if full => self.end_resync(now, "all of it is to be copied anew".to_owned()),
+            Role::Syncing | Role::Dropped if full && self.resync.as_ref().is_some_and(|r| r.peer == id) => {
+                self.end_resync(now, "all of it is to be copied anew".to_owned());
+            }
             Role::Syncing | Role::Leaving | Role::Dropped | Role::Gone | Role::Unknown => {}
         }
         let peer = &mut self.peers[id];
@@ -231,6 +233,11 @@ impl<T> Volume<T> {
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Bytes of the volume as of the last record given out, whether that is acknowledged or not.
+    pub(super) fn size_given_out(&self) -> u64 {
+        self.resizing.as_ref().filter(|r| r.seq.is_some()).map_or(self.size_bytes, |r| r.size_bytes)
     }
 
     fn resize(&mut self, now: Time, size_bytes: u64) -> Result<(), CommandRefusal> {

@@ -20,6 +20,10 @@ const WINDOW_BYTES: u64 = 16 << 20;
 const READING_MAX: usize = 4;
 /// Reads that changes made useless before changes wait.
 const TRIES_BEFORE_HOLD: u32 = 3;
+/// Changes wait for a read so long, at most, at its first try of that sort; with each further one twice as long, so that
+/// a slow disk ends it, and one that hangs is not waited for.
+const HOLD_FIRST: Time = Time::from_millis(100);
+const HOLD_DOUBLINGS_MAX: u32 = 4;
 
 #[derive(Debug)]
 pub(super) struct Chunk {
@@ -35,7 +39,7 @@ enum ChunkState {
     /// Nobody was asked, or in vain.
     Waiting,
     /// A member was asked; `overlapped` if a record changed it since.
-    Reading { read: u64, overlapped: bool },
+    Reading { read: u64, asked_at: Time, overlapped: bool },
     /// On its way, or there and not known to be durable.
     Sent { copy: u64 },
 }
@@ -107,7 +111,7 @@ impl Copying {
     /// Takes a member's list. Lists differ where one knows less well; each holds all that is dirty.
     pub(super) fn listed(&mut self, peer: PeerId, dirty: Dirty) {
         let Some(listing) = &mut self.listing else { return };
-        let sound = dirty.from == self.listed_until && dirty.next > dirty.from && dirty.next <= self.size_bytes;
+        let sound = dirty.from == self.listed_until && dirty.next > dirty.from;
         let waited_for = listing.asked.iter().position(|asked| *asked == peer);
         let Some(at) = waited_for.filter(|_| sound) else { return };
         listing.asked.swap_remove(at);
@@ -131,7 +135,8 @@ impl Copying {
         };
         self.source = Some(peer);
         self.total_bytes.get_or_insert(dirty.remaining_bytes);
-        self.listed_until = dirty.next;
+        // The volume may have grown; of what is new the replica gets every record.
+        self.listed_until = dirty.next.min(self.size_bytes);
         for range in dirty.ranges {
             self.enqueue(range);
         }
@@ -177,9 +182,9 @@ impl Copying {
         self.chunks.get(&offset)
     }
 
-    pub(super) fn asked(&mut self, offset: u64, read: u64) {
+    pub(super) fn asked(&mut self, offset: u64, read: u64, now: Time) {
         if let Some(chunk) = self.chunks.get_mut(&offset) {
-            chunk.state = ChunkState::Reading { read, overlapped: false };
+            chunk.state = ChunkState::Reading { read, asked_at: now, overlapped: false };
         }
     }
 
@@ -195,8 +200,14 @@ impl Copying {
     }
 
     /// Whether changes of `range` must wait for a read.
-    pub(super) fn holds(&self, range: ByteRange) -> bool {
-        let waited_for = |c: &Chunk| c.tries >= TRIES_BEFORE_HOLD && matches!(c.state, ChunkState::Reading { .. });
+    pub(super) fn holds(&self, range: ByteRange, now: Time) -> bool {
+        let waited_for = |c: &Chunk| match c.state {
+            ChunkState::Reading { asked_at, overlapped: false, .. } if c.tries >= TRIES_BEFORE_HOLD => {
+                let doublings = (c.tries - TRIES_BEFORE_HOLD).min(HOLD_DOUBLINGS_MAX);
+                now.saturating_sub(asked_at) < HOLD_FIRST * 2_u32.pow(doublings)
+            }
+            ChunkState::Waiting | ChunkState::Reading { .. } | ChunkState::Sent { .. } => false,
+        };
         self.chunks.values().any(|c| waited_for(c) && c.range.overlaps(range))
     }
 
@@ -297,7 +308,7 @@ mod tests {
     fn begin(copying: &mut Copying, read: u64) -> u64 {
         let offset = copying.peek().expect("there is a chunk").offset;
         copying.begin();
-        copying.asked(offset, read);
+        copying.asked(offset, read, Time::ZERO);
         offset
     }
 
@@ -340,14 +351,16 @@ mod tests {
         let offset = begin(&mut copying, 1);
         let inside = ByteRange { offset: 4096, length: 4096 };
         for read in 2..5 {
-            assert!(!copying.holds(inside));
+            assert!(!copying.holds(inside, Time::ZERO));
             copying.overlap(inside);
             assert_eq!(copying.read_done(read - 1), ChunkRead::Again);
-            copying.asked(offset, read);
+            copying.asked(offset, read, Time::ZERO);
         }
-        assert!(copying.holds(inside) && !copying.holds(ByteRange { offset: UNIT, length: 1 }));
+        let outside = ByteRange { offset: UNIT, length: 1 };
+        assert!(copying.holds(inside, Time::ZERO) && !copying.holds(outside, Time::ZERO));
+        assert!(!copying.holds(inside, HOLD_FIRST), "a member that hangs is not waited for");
         assert!(matches!(copying.read_done(4), ChunkRead::Send { .. }));
-        assert!(!copying.holds(inside), "once it is on its way changes come after it");
+        assert!(!copying.holds(inside, Time::ZERO), "once it is on its way changes come after it");
     }
 
     #[test]

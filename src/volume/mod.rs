@@ -454,7 +454,7 @@ impl<T> Volume<T> {
                 | RecordKind::Resize => range.length,
             };
             let piece = ByteRange { offset: range.offset + change.given_out, length: step };
-            if self.is_held_for_copy(piece) {
+            if self.is_held_for_copy(piece, now) {
                 return false;
             }
             let payload = match &change.request {

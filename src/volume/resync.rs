@@ -21,7 +21,7 @@ use std::time::Duration;
 use protocol::message::{Begin, Condition, Promised};
 use protocol::ranges::{ByteRange, merge};
 use protocol::record::{DirtyChange, DirtyStep};
-use protocol::{Position, RecordKind, ReplicaName, Seq, ToAgent};
+use protocol::{Position, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent};
 
 use super::copying::Copying;
 use super::peer::{Link, Role};
@@ -48,6 +48,8 @@ pub(super) struct Resync {
     step_since: Time,
     rate: Rate,
     told_at: Time,
+    /// What they were told last: up to which byte, and in which record.
+    told: (u64, Seq),
     /// Bytes copied at a time not long ago.
     speed_from: (u64, Time),
     bytes_per_second: u64,
@@ -58,7 +60,7 @@ enum Step {
     Promise,
     Survey(Survey),
     Follow(Box<Begin>),
-    Begin { from: Seq },
+    Begin { from: Seq, size_bytes: u64 },
     Copy { from: Seq, copying: Box<Copying> },
     Finish { from: Seq, progress: (u64, u64), state: FinishState },
 }
@@ -189,6 +191,7 @@ impl<T> Volume<T> {
             step_since: now,
             rate: Rate::new(self.settings.resync_rate_min, now),
             told_at: now,
+            told: (0, Seq(0)),
             speed_from: (0, now),
             bytes_per_second: 0,
         });
@@ -279,7 +282,7 @@ impl<T> Volume<T> {
     // ---- follow and begin --------------------------------------------------------------------------------------
 
     pub(super) fn whole(&self) -> ByteRange {
-        ByteRange { offset: 0, length: self.size_bytes }
+        ByteRange { offset: 0, length: self.size_given_out() }
     }
 
     /// Members take note that the replica follows from here on; `ranges` are dirty besides what they keep.
@@ -290,13 +293,15 @@ impl<T> Volume<T> {
         let step = DirtyStep::Follow { ranges: merge(ranges, ranges_max) };
         let seq = self.append_dirty(now, subject.clone(), step);
         self.tracked.entry(subject.clone()).or_insert(Seq(0));
+        let others = self.tracked.iter().filter(|(n, _)| **n != subject);
         let begin = Begin {
             position: Position { epoch: self.epoch, seq },
-            size_bytes: self.size_bytes,
+            size_bytes: self.size_given_out(),
             views: self.views.clone().expect("views are known once the volume serves"),
             history: self.history.clone(),
             acks: self.acks(),
-            tracked: self.tracked.iter().filter(|(n, _)| **n != subject).map(|(n, s)| (n.clone(), *s)).collect(),
+            // Of one that is left out the replica will think that it lacks everything.
+            tracked: others.take(REPLICAS_MAX).map(|(n, s)| (n.clone(), *s)).collect(),
         };
         self.peers[peer].restart_from(seq);
         self.enter_resync(now, Step::Follow(Box::new(begin)));
@@ -310,14 +315,14 @@ impl<T> Volume<T> {
 
     fn send_begin(&mut self, now: Time) {
         let Some(Resync { peer, step: Step::Follow(begin), .. }) = &self.resync else { return };
-        let from = begin.position.seq;
+        let (from, size_bytes) = (begin.position.seq, begin.size_bytes);
         if !self.is_beyond_doubt(from) {
             return;
         }
         let message = ToAgent::Begin(Begin::clone(begin));
         let peer = *peer;
         self.peers[peer].push_urgent(message);
-        self.enter_resync(now, Step::Begin { from });
+        self.enter_resync(now, Step::Begin { from, size_bytes });
     }
 
     /// Whether no later engine can overlook the record: it is on as many members as a view change needs.
@@ -328,12 +333,11 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_begun(&mut self, now: Time, peer: PeerId) {
-        let size_bytes = self.size_bytes;
-        let Some(Resync { peer: at, step: Step::Begin { from }, .. }) = &self.resync else { return };
+        let Some(Resync { peer: at, step: Step::Begin { from, size_bytes }, .. }) = &self.resync else { return };
         if *at != peer {
             return;
         }
-        let from = *from;
+        let (from, size_bytes) = (*from, *size_bytes);
         self.peers[peer].role = Role::Syncing;
         self.peers[peer].restart_from(from);
         self.peers[peer].push_urgent(ToAgent::Stable { seq: self.stable_told.min(from) });

@@ -9,7 +9,7 @@ use protocol::{Seq, ToAgent};
 
 use super::super::copying::ChunkRead;
 use super::super::log::Log;
-use super::super::peer::READS_OUTSTANDING_MAX;
+use super::super::peer::{Peer, READS_OUTSTANDING_MAX, Role};
 use super::super::{Notice, PeerId, Phase, Time, Volume};
 use super::{FinishState, LIST_PATIENCE, Resync, SPEED_OVER, Step, TELL_EVERY};
 
@@ -17,7 +17,7 @@ impl<T> Volume<T> {
     pub(super) fn advance_copying(&mut self, now: Time) {
         self.list_dirty(now);
         self.begin_chunks(now);
-        self.ask_for_chunks();
+        self.ask_for_chunks(now);
         self.measure_speed(now);
         let tell = self.resync.as_ref().is_some_and(|r| now.saturating_sub(r.told_at) >= TELL_EVERY);
         if tell {
@@ -45,6 +45,13 @@ impl<T> Volume<T> {
             peer.is_ready_member() && membership.in_force.contains(&peer.name) && peer.durable >= *from
         };
         (0..self.peers.len()).filter(can).collect()
+    }
+
+    /// Members of the view in force, in reach or not.
+    fn members(&self) -> impl Iterator<Item = PeerId> {
+        let in_force = self.membership.as_ref().map(|m| &m.in_force);
+        let is_member = move |p: &Peer| p.role == Role::Member && in_force.is_some_and(|view| view.contains(&p.name));
+        self.peers.iter().enumerate().filter(move |(_, p)| is_member(p)).map(|(id, _)| id)
     }
 
     fn list_dirty(&mut self, now: Time) {
@@ -97,12 +104,13 @@ impl<T> Volume<T> {
     }
 
     /// Asks members for the chunks that nobody was asked for.
-    fn ask_for_chunks(&mut self) {
+    fn ask_for_chunks(&mut self, now: Time) {
         let unasked = self.resync.as_mut().and_then(Resync::copying).map(|c| c.unasked()).unwrap_or_default();
         if unasked.is_empty() {
             return;
         }
         let sources = self.sources();
+        let members: Vec<PeerId> = self.members().collect();
         let last = self.log.as_ref().map_or(Seq(0), Log::last);
         for offset in unasked {
             let Some(copying) = self.resync.as_mut().and_then(Resync::copying) else { return };
@@ -110,9 +118,15 @@ impl<T> Volume<T> {
             let range = chunk.range;
             let can = |id: &&PeerId| !chunk.failed.contains(id) && self.peers[**id].reads.len() < READS_OUTSTANDING_MAX;
             let cost = |id: &&PeerId| (last.ahead_of(self.peers[**id].durable) / 64, self.peers[**id].reads.len());
-            let Some(source) = sources.iter().filter(can).min_by_key(cost).copied() else { continue };
+            let Some(source) = sources.iter().filter(can).min_by_key(cost).copied() else {
+                if members.iter().all(|id| chunk.failed.contains(id)) {
+                    // Those that could read it have left meanwhile.
+                    return self.end_resync(now, "no member has a good copy of what it lacks".to_owned());
+                }
+                continue;
+            };
             let id = self.reads.id();
-            copying.asked(offset, id);
+            copying.asked(offset, id, now);
             self.peers[source].reads.insert(id);
             let read = ToAgent::Read { id, offset, length: range.length as u32 };
             self.peers[source].push_after(last, read);
@@ -185,9 +199,9 @@ impl<T> Volume<T> {
     }
 
     /// Whether a change must wait for the read of a chunk that changes have made useless too often.
-    pub(in crate::volume) fn is_held_for_copy(&self, range: ByteRange) -> bool {
+    pub(in crate::volume) fn is_held_for_copy(&self, range: ByteRange, now: Time) -> bool {
         match &self.resync {
-            Some(Resync { step: Step::Copy { copying, .. }, .. }) => copying.holds(range),
+            Some(Resync { step: Step::Copy { copying, .. }, .. }) => copying.holds(range, now),
             Some(_) | None => false,
         }
     }
@@ -201,8 +215,15 @@ impl<T> Volume<T> {
         resync.told_at = now;
         let peer = &self.peers[resync.peer];
         let (subject, followed) = (peer.name.clone(), peer.durable);
+        // Nothing but the record that said so: a volume that stands still must not fill its log.
+        if (until, followed) <= resync.told {
+            return;
+        }
         self.tracked.insert(subject.clone(), followed);
-        self.append_dirty(now, subject, DirtyStep::Copied { until, followed });
+        let seq = self.append_dirty(now, subject, DirtyStep::Copied { until, followed });
+        if let Some(resync) = &mut self.resync {
+            resync.told = (until, seq);
+        }
     }
 
     fn measure_speed(&mut self, now: Time) {
