@@ -9,6 +9,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use protocol::checksum::{crc32, stored_block_checksum};
@@ -45,13 +46,20 @@ pub enum Trust {
 pub struct Image {
     image: Arc<dyn RawFile>,
     checksums: Arc<dyn RawFile>,
+    /// A sync failed: the system may have thrown away what was written since the one before. The journal has it, and the
+    /// replay after a restart repairs it; until then no block is called bad for that.
+    sync_failed: Arc<AtomicBool>,
 }
 
 impl Image {
     /// Works on the image and checksum files of a replica.
     #[must_use]
     pub fn new(files: &ReplicaFiles) -> Image {
-        Image { image: files.image.clone(), checksums: files.checksums.clone() }
+        Image::of(files.image.clone(), files.checksums.clone())
+    }
+
+    fn of(image: Arc<dyn RawFile>, checksums: Arc<dyn RawFile>) -> Image {
+        Image { image, checksums, sync_failed: Arc::default() }
     }
 
     /// Makes room for a volume of `size_bytes`, durably. Changes no byte that is there.
@@ -82,13 +90,15 @@ impl Image {
 
     /// Makes everything applied durable.
     pub fn sync(&self) -> io::Result<()> {
-        self.image.sync()?;
-        self.checksums.sync()
+        let outcome = self.image.sync().and_then(|()| self.checksums.sync());
+        self.sync_failed.fetch_or(outcome.is_err(), Ordering::SeqCst);
+        outcome
     }
 
     /// Applies a record. Applying it again has the same effect. What a resize does is [`Image::grow`].
     pub fn apply(&self, record: &Record, trust: Trust) -> io::Result<()> {
         let header = &record.header;
+        let trust = if self.sync_failed.load(Ordering::SeqCst) { Trust::InDoubt } else { trust };
         match header.kind {
             RecordKind::Write => self.write(header.offset, &record.payload, trust),
             RecordKind::Trim => self.zero(header.range(), false, trust),
@@ -240,7 +250,7 @@ mod tests {
             std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
             Arc::new(SystemFile::open(&path, Caching::Buffered).unwrap())
         };
-        let image = Image { image: open("i", SIZE), checksums: open("c", checksum_file_bytes(SIZE)) };
+        let image = Image::of(open("i", SIZE), open("c", checksum_file_bytes(SIZE)));
         Fixture { _dir: dir, image }
     }
 

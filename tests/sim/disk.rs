@@ -23,6 +23,8 @@ struct Faults {
     full: bool,
     /// The next durable write, or sync, fails.
     fail_next: bool,
+    /// The next sync of the image or its checksums fails.
+    fail_next_image_sync: bool,
     /// Durable writes are cut off: the machine dies.
     torn: bool,
     /// The process dies after so many more writes; the last of them is cut short.
@@ -174,7 +176,8 @@ impl RawFile for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         let (mut faults, mut bytes) = self.lock();
-        let fails = std::mem::take(&mut faults.fail_next) || faults.torn;
+        let image_fails = self.can_be_full && std::mem::take(&mut faults.fail_next_image_sync);
+        let fails = std::mem::take(&mut faults.fail_next) || faults.torn || image_fails;
         for sector in std::mem::take(&mut bytes.dirty) {
             // After a failed sync a page may be durable, thrown away, or be tried again.
             match if fails { faults.rng.below(3) } else { 0 } {
@@ -220,7 +223,8 @@ pub struct Disk {
 impl Disk {
     /// A disk with a new replica on it, in the form that `directory::create` gives it.
     pub fn format(new: &NewReplica, rng: Rng) -> Disk {
-        let faults = Faults { rng, full: false, fail_next: false, torn: false, writes_left: None };
+        let faults =
+            Faults { rng, full: false, fail_next: false, fail_next_image_sync: false, torn: false, writes_left: None };
         let faults = Arc::new(Mutex::new(faults));
         let identity = &new.identity;
         let checksum_bytes = checksum_file_bytes(identity.size_bytes).next_multiple_of(SECTOR as u64);
@@ -272,6 +276,10 @@ impl Disk {
 
     pub fn fail_next(&self) {
         self.faults.lock().unwrap().fail_next = true;
+    }
+
+    pub fn fail_next_image_sync(&self) {
+        self.faults.lock().unwrap().fail_next_image_sync = true;
     }
 
     /// Does `work` on a machine that dies in its midst.
