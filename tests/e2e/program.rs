@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -96,6 +97,8 @@ fn wait_for_exit(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 struct Transcript {
     lines: Mutex<Vec<String>>,
     grown: Condvar,
+    /// Streams that have not ended yet.
+    open: AtomicUsize,
 }
 
 /// A running program. Dropping it kills it.
@@ -215,6 +218,10 @@ impl Program {
         let Some(status) = wait_for_exit(&mut self.child, limit) else {
             panic!("{} still runs after {limit:?}:\n{}", self.name, self.printed());
         };
+        // Its last words may still be on their way through the pipes.
+        scratch::wait_until(&format!("all that {} printed is read", self.name), STOP_LIMIT, || {
+            self.transcript.open.load(Ordering::SeqCst) == 0
+        });
         (status, self.printed(), self.name.clone())
     }
 }
@@ -236,8 +243,9 @@ fn dying_with_us(path: &Path) -> Command {
 }
 
 fn record(pipe: Option<impl Read + Send + 'static>, transcript: Arc<Transcript>) {
+    let Some(pipe) = pipe else { return };
+    transcript.open.fetch_add(1, Ordering::SeqCst);
     std::thread::spawn(move || {
-        let Some(pipe) = pipe else { return };
         let mut reader = BufReader::new(pipe);
         let mut line = Vec::new();
         while matches!(reader.read_until(b'\n', &mut line), Ok(count) if count > 0) {
@@ -246,5 +254,6 @@ fn record(pipe: Option<impl Read + Send + 'static>, transcript: Arc<Transcript>)
             transcript.lines.lock().expect("a test panicked while reading").push(text);
             transcript.grown.notify_all();
         }
+        transcript.open.fetch_sub(1, Ordering::SeqCst);
     });
 }
