@@ -21,7 +21,11 @@ fn impatient() -> Plan {
 }
 
 fn for_a_while(short_seconds: u64) -> Duration {
-    Duration::from_secs(if seed::long() { short_seconds * 10 } else { short_seconds })
+    Duration::from_secs(match (seed::long(), seed::quick()) {
+        (true, _) => short_seconds * 10,
+        (false, false) => short_seconds,
+        (false, true) => short_seconds / 3,
+    })
 }
 
 /// An outage lasts for a time; nothing is waited for in it.
@@ -64,7 +68,7 @@ fn every_agent_is_killed_in_turn_round_after_round() {
         "{kills} kills of agents under {runs} verified runs of fio: {left} times a replica left, {copied} times it was \
          copied to, {back} times it was back without"
     ));
-    assert!(left > 0 && copied > 0 && back > 0, "both kinds of outages came about");
+    assert!(seed::quick() || (left > 0 && copied > 0 && back > 0), "both kinds of outages came about");
 }
 
 /// Freezes b for longer than it may lag.

@@ -104,7 +104,8 @@ fn an_engine_started_after_another_died_goes_on_with_its_resync() {
 fn clients_hardly_notice_a_resync() {
     let _turn = scratch::quiet_machine();
     let (_, mut rng) = seed::of_test("resync::clients_hardly_notice_a_resync");
-    let size = 256 << 20;
+    // More than is copied while fio runs.
+    let size = if seed::long() { 512 << 20 } else { 128 << 20 };
     let (mut cluster, network) = filled(size, &mut rng);
     network.cut();
     cluster.wait_out_of_view("c");
