@@ -132,12 +132,10 @@ fn ask(sender: &mut Sender, rng: &mut Rng, first_cookie: u64, most: u64) {
     }
 }
 
-#[test]
-fn a_frozen_engine_that_was_overtaken_answers_nothing_when_it_thaws() {
+fn engines_overtake_frozen_ones(test: &str, policy: &'static str) {
     let _turn = scratch::shared_machine();
-    let test = "takeover::a_frozen_engine_that_was_overtaken_answers_nothing_when_it_thaws";
     let (_, mut rng) = seed::of_test(test);
-    let mut cluster = Cluster::serving(Plan::default());
+    let mut cluster = Cluster::serving(Plan { ack_write: policy, ack_flush: policy, ..Plan::default() });
     let endpoint = cluster.endpoint.clone();
     let mut old = Engine { program: cluster.take_engine(), endpoint };
     for round in 1..=seed::rounds(6) {
@@ -178,4 +176,16 @@ fn a_frozen_engine_that_was_overtaken_answers_nothing_when_it_thaws() {
     let image = cluster.identical_images(&cluster.names());
     assert!(image[FORBIDDEN as usize..][..4096].iter().all(|byte| *byte == 0xaa));
     cluster.verify_replicas();
+}
+
+#[test]
+fn a_frozen_engine_that_was_overtaken_answers_nothing_when_it_thaws() {
+    let test = "takeover::a_frozen_engine_that_was_overtaken_answers_nothing_when_it_thaws";
+    engines_overtake_frozen_ones(test, "first");
+}
+
+#[test]
+fn with_majority_a_frozen_engine_that_was_overtaken_answers_nothing_either() {
+    let test = "takeover::with_majority_a_frozen_engine_that_was_overtaken_answers_nothing_either";
+    engines_overtake_frozen_ones(test, "majority");
 }
