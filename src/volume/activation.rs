@@ -8,7 +8,7 @@
 //!    count on a lease any more, the volume serves. Members that took no part are then dropped by ordinary view changes.
 //!
 //! A start that is not possible for want of members is reported and tried on: they may come, or an operator may say to go
-//! on without them, which puts a *forced* view right behind the first record.
+//! on without them, which makes a *forced* view the first record of the epoch.
 //!
 //! Losing a participant before step 4, or meeting a higher promise, starts over with a new epoch; nothing was served.
 
@@ -386,7 +386,7 @@ impl<T> Volume<T> {
         self.uuid = Some(uuid);
         let engine = self.settings.engine;
         let Some(activation) = self.activation() else { return };
-        let mut epoch = Epoch(activation.highest_promised.0 + 1);
+        let mut epoch = Epoch(activation.highest_promised.0.saturating_add(1));
         if !activation.without.is_empty() {
             // Another engine may do the same with the other half of the members, and both must not take one number: the
             // replicas could not be told apart when they meet again.
@@ -589,11 +589,12 @@ impl<T> Volume<T> {
         self.size_bytes = size_bytes;
         self.log = Some(Log::new(goal));
         self.stable_told = Seq(0);
+        let first = Position { epoch: self.epoch, seq: goal.next() };
+        self.history.note(first);
+        self.epoch_start = first.seq;
+        self.force_view(now, given_up);
         let nowhere = ByteRange { offset: 0, length: 0 };
         let seq = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
-        self.history.note(Position { epoch: self.epoch, seq });
-        self.epoch_start = seq;
-        let seq = self.force_view(now, given_up).unwrap_or(seq);
         for id in 0..self.peers.len() {
             let peer = &self.peers[id];
             if peer.role != Role::Member && matches!(peer.link, Link::Ready | Link::Promising { .. }) {
@@ -606,20 +607,19 @@ impl<T> Volume<T> {
         self.enter(now, Step::Start { seq });
     }
 
-    /// Gives out the records that take the members that were given up out of the view, one by one.
-    fn force_view(&mut self, now: Time, given_up: Vec<ReplicaName>) -> Option<Seq> {
-        let mut seq = None;
-        for subject in &given_up {
-            let view = self.views.as_ref().and_then(|views| views.view.without(subject))?;
-            let unacknowledged = vec![self.whole()];
-            self.tracked.insert(subject.clone(), Seq(0));
-            let (subject, acknowledged, forced) = (subject.clone(), Seq(0), true);
-            seq = Some(self.append_view(now, ViewChange { view, subject, acknowledged, unacknowledged, forced }));
-        }
-        if !given_up.is_empty() {
-            self.notice(Notice::GivenUp { replicas: given_up });
-        }
-        seq
+    /// Gives out the record that takes the members that were given up out of the view: one for all of them, and before any
+    /// other of the epoch. A log with a record of this epoch counts more than what the given up ones hold, so that it must
+    /// not be found with the view that they belong to.
+    fn force_view(&mut self, now: Time, given_up: Vec<ReplicaName>) {
+        let Some(subject) = given_up.first().cloned() else { return };
+        let before = self.views.as_ref().map(|views| views.view.clone());
+        let view = given_up.iter().try_fold(before, |view, gone| view.map(|view| view.without(gone)));
+        let Some(view) = view.flatten() else { return };
+        let (unacknowledged, acknowledged, forced) = (vec![self.whole()], Seq(0), true);
+        // Of the others nothing is kept, which means the same: all of them is copied when they return.
+        self.tracked.insert(subject.clone(), acknowledged);
+        self.append_view(now, ViewChange { view, subject, acknowledged, unacknowledged, forced });
+        self.notice(Notice::GivenUp { replicas: given_up });
     }
 
     /// The first record of the epoch does not become durable on enough members.

@@ -328,3 +328,38 @@ fn a_removed_replica_is_forgotten_and_one_that_is_added_gets_everything() {
     assert!(w.durable(2) > Seq(0));
     w.settle_and_compare();
 }
+
+#[test]
+fn a_replica_that_was_given_up_stays_given_up_if_the_engine_dies_at_once() {
+    // Whatever of the forced start is on record when the engine dies, the next one either needs the missing replica, and
+    // has what it alone acknowledged, or does without it.
+    for moment in 0..40 {
+        let mut w = serving(wide(500 + moment, AckPolicy::First));
+        w.change_unit(0, 0);
+        w.stall_agent(0, ms(200));
+        w.stall_agent(1, ms(200));
+        let token = w.write(0, 0, 8, false);
+        w.done(0, token);
+        w.kill_engine(0);
+        w.kill_agent(2, true);
+        let e = w.start_engine(true);
+        w.run_for(ms(21_000));
+        let (now, replicas) = (w.engine_now(e), vec!["c".parse().unwrap()]);
+        w.engines[e].volume.command(now, Command::ActivateWithout { replicas }).unwrap();
+        w.pump_engine(e);
+        w.run_for(ms(1000));
+        w.run_until(LONG, |w| w.engines[e].volume.snapshot(w.now).seq > Seq(0));
+        w.run_for(std::time::Duration::from_micros(100 * moment));
+        w.kill_engine(e);
+        w.start_agent(2);
+        let e = w.next_engine();
+        w.everyone_is_back(e);
+        assert!(w.run_until(LONG, |w| crate::check::is_quiet(w, e)));
+        // No change of the view but the forced one: it was forgotten, and then what c held must be there.
+        let gave_up = w.agents[0].replica().superblock().views.seq > Seq(0);
+        let images: Vec<Vec<u8>> = w.agents.iter().map(|a| a.disk.image.content()).collect();
+        assert!(images[0] == images[1] && images[1] == images[2], "moment {moment}");
+        let is_there = images[0][..4096] == payload(token, 0, 8);
+        assert!(gave_up || is_there, "moment {moment}: lost, and nobody gave it up");
+    }
+}

@@ -17,6 +17,8 @@ use crate::superblock::{JournalTail, Superblock, TRACKED_MAX};
 #[cfg(test)]
 mod tests;
 
+/// No volume gets so far in the life of a disk; counting on from here must not overflow.
+const SEQ_MAX: u64 = u64::MAX / 2;
 /// Requests for room that wait, at most.
 const EXTENDS_MAX: usize = 16;
 
@@ -41,6 +43,9 @@ pub(super) fn is_size_sound(size_bytes: u64) -> bool {
 
 fn check_begin(begin: &Begin, promised: Epoch) -> Result<(), &'static str> {
     let Begin { position, views, history, tracked, .. } = begin;
+    if position.seq.0 > SEQ_MAX {
+        return Err("no volume has come that far");
+    }
     if position.epoch > promised {
         return Err("its position is of a higher epoch than was promised");
     }
