@@ -32,6 +32,8 @@ pub struct Agent {
     pub stalled_until: Time,
     pub cut_off_until: Time,
     pub starts_at: Option<Time>,
+    /// It dies when it next writes pages of its dirty bitmaps; whether in a power cut.
+    pub dies_at_checkpoint: Option<bool>,
     /// First bytes of blocks whose bits were flipped.
     pub rotten: Vec<u64>,
 }
@@ -63,6 +65,7 @@ impl Agent {
             stalled_until: Time::ZERO,
             cut_off_until: Time::ZERO,
             starts_at: None,
+            dies_at_checkpoint: None,
             rotten: Vec::new(),
         }
     }
@@ -199,7 +202,7 @@ impl World {
     /// A new connection of an engine, if the agent runs.
     pub fn accept(&mut self, engine: usize, agent: usize) -> Option<ConnId> {
         let at = &self.agents[agent];
-        if at.process.is_none() || at.cut_off_until > self.now {
+        if at.process.is_none() || self.link_down_until(engine, agent) > self.now {
             return None;
         }
         let id = self.next_conn;
@@ -244,6 +247,8 @@ impl World {
             begun.push(process.next_job);
         }
         process.check_no_conflict();
+        let writes_pages = |id: &u64| matches!(&process.jobs[id], Job::Metadata(job) if !job.dirty_pages.is_empty());
+        let writes_pages = begun.iter().any(writes_pages);
         let poisoned = process.replica.condition() == Condition::Poisoned;
         for (conn, message) in said {
             let over = matches!(message, ToEngine::Refused(_));
@@ -255,6 +260,9 @@ impl World {
         for job in begun {
             let (delay, life) = (self.some_delay(), self.agents[index].life);
             self.after(delay, Happening::Done { agent: index, life, job });
+        }
+        if writes_pages && let Some(power_cut) = self.agents[index].dies_at_checkpoint.take() {
+            self.after(Duration::ZERO, Happening::Crash { agent: index, power_cut });
         }
         if self.agents[index].process.as_ref().is_some_and(|p| p.replica.is_closed()) {
             self.trace(|| format!("a{index} closed in good order"));
@@ -307,6 +315,11 @@ impl World {
             }
         }
         self.pump_agent(index);
+    }
+
+    /// Whether it is out of the view and being copied to.
+    pub fn is_syncing(&self, agent: usize) -> bool {
+        self.agents[agent].process.as_ref().is_some_and(|p| p.replica.superblock().syncing)
     }
 
     /// The process dies. What it was about to do is done, done in part, or not.

@@ -1,16 +1,16 @@
-//! Engines as the runtime drives them, each with a client of its own that keeps requests under way.
+//! Engines as the runtime drives them. Each has a client of its own ([`crate::client`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
-use nbdcast::volume::{Event, Failure, ReadSpread, Request, Volume, VolumeSettings, Zeroing};
-use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, ToAgent, ToEngine};
+use nbdcast::volume::{Command, CommandRefusal, Event, Failure, ReadSpread, Volume, VolumeSettings};
+use protocol::record::ViewChange;
+use protocol::{AckPolicy, RecordKind, ToAgent, ToEngine};
 
-use crate::disk::SECTOR;
+use crate::client::{Asked, Waiting};
 use crate::net::ConnId;
-use crate::oracle::{Token, payload};
+use crate::oracle::Token;
 use crate::rng::Rng;
 use crate::world::{Happening, Setup, Time, World, ms, replica_name};
 
@@ -28,17 +28,10 @@ pub struct Engine {
     /// Its epoch, once it serves.
     pub reign: Option<u64>,
     /// What the client waits for.
-    outstanding: BTreeMap<Token, Asked>,
+    pub outstanding: BTreeMap<Token, Waiting>,
     pub answers: BTreeMap<Token, Result<Bytes, Failure>>,
-    depth: usize,
+    pub depth: usize,
     stopping: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
-    Read,
-    Write,
-    Flush,
 }
 
 impl Engine {
@@ -52,7 +45,7 @@ impl Engine {
 }
 
 /// The ack policies that an engine is configured with: those of the setup, or drawn for each.
-fn policies(setup: &Setup, engine: usize) -> (AckPolicy, AckPolicy) {
+pub fn policies(setup: &Setup, engine: usize) -> (AckPolicy, AckPolicy) {
     if !setup.policies_change {
         return (setup.ack_write, setup.ack_flush);
     }
@@ -174,25 +167,34 @@ impl World {
         }
         for peer in 0..self.setup.replicas {
             let Some(conn) = self.engines[engine].conns[peer] else { continue };
-            while self.conns.get(&conn).is_some_and(|c| !c.is_congested())
+            while self.conns.get(&conn).is_some_and(|c| !c.is_congested(self.setup.in_flight_max))
                 && self.engines[engine].volume.has_outbox(peer)
             {
                 for message in self.engines[engine].volume.take_outbox(peer, 16 << 10) {
-                    self.note_record(&message);
+                    self.note_record(engine, &message);
                     self.send_to_agent(conn, &message);
                 }
             }
         }
     }
 
-    /// No place of an epoch is ever given out twice.
-    fn note_record(&mut self, message: &ToAgent) {
+    /// No place of an epoch is ever given out twice, and no view change before the one before it is in force.
+    fn note_record(&mut self, engine: usize, message: &ToAgent) {
         if let ToAgent::Copy(copy) = message {
             self.copied_bytes += copy.range.length;
         }
         let ToAgent::Append(record) = message else { return };
         let position = record.header.position();
-        let known = self.records.entry((position.epoch.0, position.seq.0)).or_insert_with(|| record.clone());
+        let key = (position.epoch.0, position.seq.0);
+        if record.header.kind == RecordKind::ViewChange && !self.records.contains_key(&key) {
+            let of_epoch = self.records.range((key.0, 0)..key);
+            let before = of_epoch.rev().find(|(_, r)| r.header.kind == RecordKind::ViewChange);
+            let before = before.map(|(_, r)| ViewChange::decode(&r.payload).unwrap()).filter(|change| !change.forced);
+            let in_force = self.engines[engine].volume.snapshot(self.engine_now(engine)).view;
+            let settled = before.is_none_or(|change| change.view.members() == in_force);
+            assert!(settled, "view change {position} comes while another is pending");
+        }
+        let known = self.records.entry(key).or_insert_with(|| record.clone());
         assert!(known == record, "two records have the position {position}");
     }
 
@@ -251,8 +253,8 @@ impl World {
         if !std::mem::take(&mut at.alive) {
             return;
         }
-        for (token, asked) in std::mem::take(&mut at.outstanding) {
-            if asked == Asked::Read {
+        for (token, waiting) in std::mem::take(&mut at.outstanding) {
+            if waiting.asked == Asked::Read {
                 self.oracle.fail_read(token);
             }
         }
@@ -265,6 +267,14 @@ impl World {
             let (delay, take_over) = (self.rng.within(1, 300), self.rng.percent(50));
             self.after(ms(delay), Happening::StartEngine { take_over });
         }
+    }
+
+    /// An operator asks for something; whether the engine does it.
+    pub fn command(&mut self, engine: usize, command: Command) -> Result<(), CommandRefusal> {
+        let now = self.engine_now(engine);
+        let outcome = self.engines[engine].volume.command(now, command);
+        self.pump_engine(engine);
+        outcome
     }
 
     /// Adds the replica of an agent that the engine has none of.
@@ -298,109 +308,4 @@ impl World {
             self.after(ms(20), Happening::KillEngine { engine });
         }
     }
-
-    // ---- clients -----------------------------------------------------------------------------------------------
-
-    fn completed(&mut self, engine: usize, token: Token, outcome: Result<Bytes, Failure>) {
-        let Some(asked) = self.engines[engine].outstanding.remove(&token) else { return };
-        self.trace(|| match &outcome {
-            Ok(_) => format!("e{engine} {asked:?} {token} is answered"),
-            Err(e) => format!("e{engine} {asked:?} {token} fails: {e:?}"),
-        });
-        match (asked, &outcome) {
-            (Asked::Read, Ok(data)) => self.oracle.answer_read(token, data),
-            (Asked::Read, Err(_)) => self.oracle.fail_read(token),
-            (Asked::Write, Ok(_)) => self.oracle.acknowledge_write(token),
-            (Asked::Write, Err(_)) | (Asked::Flush, _) => {}
-        }
-        if self.setup.depth == 0 || self.engines[engine].depth == 0 {
-            self.engines[engine].answers.insert(token, outcome);
-        }
-    }
-
-    fn submit(&mut self, engine: usize, asked: Asked, make: impl FnOnce(&mut World, Token) -> Request) -> Token {
-        let token = self.next_token;
-        self.next_token += 1;
-        let request = make(self, token);
-        let now = self.engine_now(engine);
-        self.engines[engine].outstanding.insert(token, asked);
-        self.trace(|| format!("e{engine} {asked:?} {token} {}", self.oracle.describe(token)));
-        self.engines[engine].volume.submit(now, token, request);
-        self.pump_engine(engine);
-        token
-    }
-
-    /// Writes `count` sectors from `first` on.
-    pub fn write(&mut self, engine: usize, first: usize, count: usize, fua: bool) -> Token {
-        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
-        self.submit(engine, Asked::Write, |world, token| {
-            world.oracle.submit_write(token, reign, first, count, false);
-            Request::Write { offset: (first * SECTOR) as u64, data: payload(token, first, count), fua }
-        })
-    }
-
-    pub fn zero(&mut self, engine: usize, first: usize, count: usize, how: Zeroing, fua: bool) -> Token {
-        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
-        self.submit(engine, Asked::Write, |world, token| {
-            world.oracle.submit_write(token, reign, first, count, true);
-            Request::Zero { range: range(first, count), how, fua }
-        })
-    }
-
-    pub fn read(&mut self, engine: usize, first: usize, count: usize) -> Token {
-        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
-        self.submit(engine, Asked::Read, |world, token| {
-            world.oracle.submit_read(token, reign, first, count);
-            Request::Read(range(first, count))
-        })
-    }
-
-    pub fn flush(&mut self, engine: usize) -> Token {
-        self.submit(engine, Asked::Flush, |_, _| Request::Flush)
-    }
-
-    /// The client of a wild engine asks for something.
-    pub fn client(&mut self, engine: usize) {
-        let at = &self.engines[engine];
-        if !at.alive || at.depth == 0 {
-            return;
-        }
-        let wanted = self.rng.within(1, 4) as usize;
-        for _ in 0..wanted.min(at.depth.saturating_sub(at.outstanding.len())) {
-            if self.engines[engine].alive {
-                self.ask_something(engine);
-            }
-        }
-        let pause = self.rng.within(1, 15);
-        self.after(ms(pause), Happening::Client { engine });
-    }
-
-    fn ask_something(&mut self, engine: usize) {
-        let sectors = self.oracle.sectors() as u64;
-        let unit = if self.setup.whole_blocks { 8 } else { self.rng.pick(&[1, 1, 4, 8]) };
-        let longest = self.rng.pick(&[8, 16, 40, 64]) / unit;
-        let count = (self.rng.within(1, longest.max(1)) * unit).min(sectors);
-        let first = self.rng.below((sectors - count) / unit + 1) * unit;
-        let (first, count) = (first as usize, count as usize);
-        let fua = self.rng.percent(10);
-        match self.rng.below(100) {
-            0..50 => {
-                self.write(engine, first, count, fua);
-            }
-            50..60 => {
-                let how = self.rng.pick(&[Zeroing::Trim, Zeroing::Zero, Zeroing::ZeroKeepAllocated]);
-                self.zero(engine, first, count, how, fua);
-            }
-            60..95 => {
-                self.read(engine, first, count);
-            }
-            _ => {
-                self.flush(engine);
-            }
-        }
-    }
-}
-
-fn range(first: usize, count: usize) -> ByteRange {
-    ByteRange { offset: (first * SECTOR) as u64, length: (count * SECTOR) as u64 }
 }

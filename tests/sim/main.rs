@@ -8,6 +8,7 @@
 
 mod agent;
 mod check;
+mod client;
 mod disk;
 mod engine;
 mod net;

@@ -11,9 +11,6 @@ use crate::world::{Happening, Time, World, ms};
 
 pub type ConnId = u64;
 
-/// Messages on their way to an agent at most: a socket takes no more.
-const IN_FLIGHT_MAX: usize = 12;
-
 #[derive(Debug)]
 pub struct Conn {
     pub engine: usize,
@@ -46,8 +43,8 @@ impl Conn {
         }
     }
 
-    pub fn is_congested(&self) -> bool {
-        self.to_agent.len() >= IN_FLIGHT_MAX
+    pub fn is_congested(&self, in_flight_max: usize) -> bool {
+        self.to_agent.len() >= in_flight_max
     }
 }
 
@@ -70,6 +67,7 @@ pub fn brief_to_agent(message: &ToAgent) -> String {
             let h = &r.header;
             format!("Append {} {:?} {}+{}", h.position(), h.kind, h.offset, h.length)
         }
+        ToAgent::Copy(c) => format!("Copy {} {}+{}", c.id, c.range.offset, c.range.length),
         other => format!("{other:?}"),
     }
 }
@@ -206,6 +204,18 @@ impl World {
     /// Connections of an agent that are open at either end.
     pub fn conns_of_agent(&self, agent: usize) -> Vec<ConnId> {
         self.conns.iter().filter(|(_, c)| c.agent == agent).map(|(id, _)| *id).collect()
+    }
+
+    /// An engine and an agent cannot reach each other for a while; nothing breaks.
+    pub fn sever(&mut self, engine: usize, agent: usize, time: Duration) {
+        self.trace(|| format!("nothing passes between e{engine} and a{agent} for {time:?}"));
+        self.severed.insert((engine, agent), self.now + time);
+    }
+
+    /// Until when nothing passes between an engine and an agent.
+    pub fn link_down_until(&self, engine: usize, agent: usize) -> Time {
+        let severed = self.severed.get(&(engine, agent)).copied().unwrap_or_default();
+        self.agents[agent].cut_off_until.max(severed)
     }
 
     /// An agent can be reached by nobody for a while; nothing breaks.

@@ -30,10 +30,6 @@ impl World {
         assert!(self.run_until(LONG, |w| !w.engines[engine].volume.snapshot(w.now).view.contains(&name)));
     }
 
-    fn is_syncing(&self, agent: usize) -> bool {
-        self.agents[agent].process.as_ref().is_some_and(|p| p.replica.superblock().syncing)
-    }
-
     fn lost_data(&self) -> bool {
         self.notices.iter().any(|n| matches!(n, Notice::LostData { .. }))
     }
@@ -88,6 +84,44 @@ fn a_late_answer_to_a_copy_does_not_make_a_unit_clean_that_changed_since() {
         w.everyone_is_back(0);
         w.settle_and_compare();
     }
+}
+
+#[test]
+fn a_member_that_dies_at_a_checkpoint_still_knows_what_others_lack() {
+    for seed in 500..520 {
+        let small = Setup { journal_bytes: 128 << 10, lag_bytes_max: 64 << 10, ..wide(seed, AckPolicy::First) };
+        let mut w = serving(small);
+        w.lose(0, 2);
+        (0..8).for_each(|unit| w.change_unit(0, unit));
+        // The journal goes round: only the bitmaps know of the changes before.
+        (0..60).for_each(|_| w.change_unit(0, 30));
+        w.agents[0].dies_at_checkpoint = Some(seed % 2 == 0);
+        (0..60).for_each(|i| w.change_unit(0, 29 + i % 3));
+        assert!(w.agents[0].dies_at_checkpoint.is_none(), "it took a checkpoint");
+        w.start_agent(2);
+        w.everyone_is_back(0);
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn records_that_a_follower_did_not_make_durable_stay_marked_however_often_its_progress_is_told() {
+    let mut w = serving(Setup { lag_max: ms(10_000), resync_rate_min: 1 << 20, ..wide(115, AckPolicy::First) });
+    w.lose(0, 2);
+    (0..32).for_each(|unit| w.change_unit(0, unit));
+    w.start_agent(2);
+    // A client keeps the rate down.
+    while w.copied_bytes < 20 * UNIT {
+        w.change_unit(0, 31);
+        w.run_for(ms(20));
+    }
+    w.stall_agent(2, ms(6000));
+    (0..8).for_each(|unit| w.change_unit(0, unit));
+    w.run_for(ms(3500));
+    w.kill_agent(2, true);
+    w.start_agent(2);
+    w.everyone_is_back(0);
+    w.settle_and_compare();
 }
 
 #[test]
@@ -163,8 +197,9 @@ fn a_member_that_was_absent_when_the_engine_started_needs_little_copying() {
     let mut w = serving(wide(104, AckPolicy::Majority));
     (0..32).for_each(|unit| w.change_unit(0, unit));
     w.run_for(ms(200));
-    w.kill_engine(0);
     w.kill_agent(2, false);
+    w.change_unit(0, 20);
+    w.kill_engine(0);
     let e = w.next_engine();
     w.change_unit(e, 5);
     assert!(w.run_until(LONG, |w| w.view(e) == "a b"));
@@ -177,29 +212,67 @@ fn a_member_that_was_absent_when_the_engine_started_needs_little_copying() {
 
 #[test]
 fn copying_waits_until_no_later_engine_can_overlook_that_it_began() {
-    // The record that begins the copying reaches one of three; what is copied then could not be told from what was
-    // clean all the time.
-    for moment in 0..40 {
-        let mut w = serving(wide(400 + moment, AckPolicy::Majority));
+    // The record that begins the copying reaches one of three members. Had the replica begun anew by then, the others would
+    // know nothing of what it holds, and would have to copy all of it.
+    for moment in 0..20 {
+        let mut w = serving(Setup { replicas: 4, ..wide(400 + moment, AckPolicy::Majority) });
         (0..32).for_each(|unit| w.change_unit(0, unit));
-        w.lose(0, 2);
+        w.lose(0, 3);
         (0..4).for_each(|unit| w.change_unit(0, unit));
+        w.run_for(ms(200));
         w.stall_agent(1, ms(1500));
-        for unit in 8..12 {
-            w.write(0, unit * SECTORS, 8, false);
-        }
-        w.start_agent(2);
-        w.run_for(ms(200 + moment * 20));
+        w.stall_agent(2, ms(1500));
+        w.start_agent(3);
+        w.run_for(ms(200 + moment * 40));
         w.kill_engine(0);
         w.kill_agent(0, true);
-        w.run_for(ms(1000));
-        let e = w.start_engine(true);
-        w.run_for(ms(3000));
+        w.run_for(ms(1500));
+        let e = w.next_engine();
+        assert!(w.run_until(LONG, |w| w.view(e) == "b c d"));
+        assert!(w.copied_bytes <= 8 * UNIT, "{} units", w.copied_bytes / UNIT);
         w.start_agent(0);
-        assert!(w.run_until(LONG, |w| w.engines[e].is_serving()), "{:?}", w.refusals);
         w.everyone_is_back(e);
         w.settle_and_compare();
     }
+}
+
+#[test]
+fn a_replica_that_begins_anew_finds_nothing_of_what_it_dropped() {
+    // Its own tail is longer than the order that it follows now: sound records with the very places that are to come.
+    let mut w = serving(wide(110, AckPolicy::Majority));
+    w.cut_off(1, ms(400));
+    w.cut_off(2, ms(400));
+    (0..30).for_each(|sector| _ = w.write(0, sector, 1, false));
+    assert!(w.run_until(LONG, |w| w.durable(0) > Seq(30)));
+    w.kill_engine(0);
+    w.cut_off(0, ms(4000));
+    let e = w.next_engine();
+    assert!(w.run_until(LONG, |w| w.is_syncing(0)));
+    assert!(w.durable(0) < Seq(20));
+    w.kill_agent(0, true);
+    w.start_agent(0);
+    assert!(w.durable(0) < Seq(20));
+    w.everyone_is_back(e);
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_member_that_lags_is_not_lost_because_a_replica_joined_meanwhile() {
+    // The journal of the one that joined begins where it began to follow: the other could get nothing from there.
+    let mut w = serving(wide(111, AckPolicy::First));
+    (0..32).for_each(|unit| w.change_unit(0, unit));
+    w.lose(0, 2);
+    w.kill_agent(1, false);
+    (0..4).for_each(|unit| w.change_unit(0, unit));
+    w.start_agent(2);
+    w.run_for(ms(1800));
+    w.kill_engine(0);
+    w.start_agent(1);
+    let e = w.next_engine();
+    w.everyone_is_back(e);
+    let lost = w.notices.iter().any(|n| matches!(n, Notice::Dropping { replica, .. } if replica.as_str() == "b"));
+    assert!(!lost, "b was away for less than the limit");
+    w.settle_and_compare();
 }
 
 #[test]
@@ -224,6 +297,45 @@ fn an_older_state_of_a_disk_is_noticed_and_copied_anew() {
 }
 
 #[test]
+fn an_older_state_of_a_disk_is_noticed_when_it_is_out_of_the_view() {
+    let mut w = serving(wide(112, AckPolicy::First));
+    (0..4).for_each(|unit| w.change_unit(0, unit));
+    assert!(w.run_until(LONG, |w| crate::check::is_quiet(w, 0)));
+    w.kill_agent(2, false);
+    let old = w.agents[2].disk.snapshot();
+    w.start_agent(2);
+    (4..20).for_each(|unit| w.change_unit(0, unit));
+    assert!(w.run_until(LONG, |w| w.durable(2) == w.durable(0)));
+    w.lose(0, 2);
+    w.agents[2].disk.restore(&old);
+    w.start_agent(2);
+    w.everyone_is_back(0);
+    assert!(w.lost_data());
+    w.settle_and_compare();
+}
+
+#[test]
+fn an_older_state_of_a_disk_is_noticed_though_the_engine_still_has_what_it_lost() {
+    // A member lags, so the engine keeps the records that the other one lost.
+    let mut w = serving(wide(113, AckPolicy::First));
+    (0..4).for_each(|unit| w.change_unit(0, unit));
+    assert!(w.run_until(LONG, |w| crate::check::is_quiet(w, 0)));
+    w.kill_agent(2, false);
+    let old = w.agents[2].disk.snapshot();
+    w.start_agent(2);
+    w.stall_agent(1, ms(1500));
+    (4..8).for_each(|unit| w.change_unit(0, unit));
+    assert!(w.run_until(LONG, |w| w.durable(2) == w.durable(0)));
+    w.run_for(ms(50));
+    w.kill_agent(2, false);
+    w.agents[2].disk.restore(&old);
+    w.start_agent(2);
+    assert!(w.run_until(ms(1000), World::lost_data), "it acknowledged more than it holds");
+    w.everyone_is_back(0);
+    w.settle_and_compare();
+}
+
+#[test]
 fn an_older_state_of_a_disk_does_not_count_as_an_answer_at_the_start() {
     let mut w = serving(wide(106, AckPolicy::First));
     w.change_unit(0, 0);
@@ -241,10 +353,7 @@ fn an_older_state_of_a_disk_does_not_count_as_an_answer_at_the_start() {
     w.run_for(ms(30_000));
     let Some(StartRefusal::Missing { missing, .. }) = w.refusals.last() else { panic!("{:?}", w.refusals) };
     assert!(missing[0].replica.as_str() == "c" && missing[0].reason.contains("lost data"), "{missing:?}");
-    let now = w.engine_now(e);
-    let replicas = vec!["c".parse().unwrap()];
-    w.engines[e].volume.command(now, Command::ActivateWithout { replicas }).unwrap();
-    w.pump_engine(e);
+    w.command(e, Command::ActivateWithout { replicas: vec!["c".parse().unwrap()] }).unwrap();
     assert!(w.run_until(LONG, |w| w.engines[e].is_serving()), "it goes on without it when told to");
     w.everyone_is_back(e);
     w.settle_and_compare();
@@ -263,10 +372,8 @@ fn an_operator_may_give_up_what_is_lost_and_it_comes_back_as_a_copy() {
         w.run_for(ms(21_000));
         assert!(matches!(w.refusals.last(), Some(StartRefusal::Missing { .. })), "{:?}", w.refusals);
         let command = |w: &mut World, names: &[&str]| {
-            let (now, replicas) = (w.engine_now(e), names.iter().map(|n| n.parse().unwrap()).collect());
-            let outcome = w.engines[e].volume.command(now, Command::ActivateWithout { replicas });
-            w.pump_engine(e);
-            outcome
+            let replicas = names.iter().map(|n| n.parse().unwrap()).collect();
+            w.command(e, Command::ActivateWithout { replicas })
         };
         if ack == AckPolicy::First {
             command(&mut w, &["b"]).unwrap();
@@ -314,9 +421,7 @@ fn a_removed_replica_is_forgotten_and_one_that_is_added_gets_everything() {
     let mut w = serving(wide(109, AckPolicy::First));
     (0..32).for_each(|unit| w.change_unit(0, unit));
     let replica: protocol::ReplicaName = "c".parse().unwrap();
-    let now = w.engine_now(0);
-    w.engines[0].volume.command(now, Command::Remove { replica }).unwrap();
-    w.pump_engine(0);
+    w.command(0, Command::Remove { replica }).unwrap();
     assert!(w.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::Removed { .. }))));
     assert_eq!(w.view(0), "a b");
     w.change_unit(0, 3);

@@ -79,6 +79,26 @@ fn a_zombie_engine_answers_neither_reads_nor_writes_after_a_take_over() {
 }
 
 #[test]
+fn an_engine_on_the_wrong_side_of_a_split_network_answers_no_read() {
+    for lease in [300, 4000] {
+        let mut w = serving(Setup { lease: ms(lease), ..Setup::quiet(35, AckPolicy::Majority) });
+        let before = w.write(0, 0, 8, false);
+        w.done(0, before);
+        assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+        // It still reaches c, which knows nothing of the engine that the others follow.
+        (0..2).for_each(|agent| w.sever(0, agent, ms(20_000)));
+        let e = w.start_engine(true);
+        w.sever(e, 2, ms(20_000));
+        assert!(w.run_until(LONG, |w| w.engines[e].is_serving()));
+        let token = w.write(e, 0, 8, false);
+        w.done(e, token);
+        let read = w.read(0, 0, 8);
+        w.run_for(ms(1000));
+        assert!(w.answer(0, read).is_none_or(Result::is_err), "with a lease of {lease} ms");
+    }
+}
+
+#[test]
 fn an_engine_that_may_lack_acknowledged_writes_does_not_start_and_says_who_is_missing() {
     let mut w = serving(Setup::quiet(5, AckPolicy::First));
     w.stall_agent(0, ms(100));
@@ -285,6 +305,31 @@ fn a_log_that_was_left_behind_does_not_count_as_a_holder_of_new_records() {
     w.run_for(ms(300));
     assert!(w.answer(e, token).is_none(), "the log of a is another one, c cannot be reached: b is alone");
     w.done(e, token);
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_log_that_is_as_long_as_the_true_one_and_differs_takes_no_part() {
+    let mut w = serving(Setup::quiet(36, AckPolicy::Majority));
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    let before = w.durable(0);
+    w.cut_off(1, ms(400));
+    w.cut_off(2, ms(400));
+    w.write(0, 0, 8, false);
+    assert!(w.run_until(LONG, |w| w.durable(0) == before.next()));
+    // Nobody else gets what is on its way.
+    (1..3).flat_map(|agent| w.conns_of_agent(agent)).collect::<Vec<_>>().into_iter().for_each(|c| w.cut(c, false));
+    w.kill_engine(0);
+    w.kill_agent(0, false);
+    // The next engine gives out its first record, for the same place, and dies before it can drop a.
+    let e = w.start_engine(true);
+    assert!(w.run_until(LONG, |w| w.durable(1).max(w.durable(2)) == before.next()));
+    w.kill_engine(e);
+    w.start_agent(0);
+    let e = w.next_engine();
+    let token = w.write(e, 8, 8, false);
+    w.done(e, token);
+    w.everyone_is_back(e);
     w.settle_and_compare();
 }
 

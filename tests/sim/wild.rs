@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use nbdcast::volume::{Failure, Notice};
+use nbdcast::volume::{Command, Failure, Notice};
 use protocol::{AckPolicy, Epoch, Position, Seq};
 
 use crate::check;
 use crate::disk::SECTOR;
 use crate::rng::Rng;
-use crate::world::{Happening, Setup, Time, World, ms};
+use crate::world::{Happening, Setup, Time, World, ms, replica_name};
 
 /// A world drawn from a seed.
 pub fn setup(seed: u64) -> Setup {
@@ -16,11 +16,11 @@ pub fn setup(seed: u64) -> Setup {
     let journal_bytes = rng.pick(&[128 << 10, 192 << 10, 256 << 10, 1 << 20]);
     let ack_write = rng.pick(&[AckPolicy::First, AckPolicy::First, AckPolicy::Majority, AckPolicy::All]);
     let ack_flush = if rng.percent(70) { ack_write } else { rng.pick(&[AckPolicy::Majority, AckPolicy::All]) };
-    let replicas = rng.pick(&[1, 2, 2, 3, 3, 3, 3, 4]);
+    let replicas = rng.pick(&[1, 2, 2, 3, 3, 3, 4, 4]);
     Setup {
         seed,
         replicas,
-        size_bytes: rng.pick(&[64 << 10, 256 << 10, 1 << 20, 2 << 20]),
+        size_bytes: rng.pick(&[64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20]),
         journal_bytes,
         ack_write,
         ack_flush,
@@ -34,7 +34,9 @@ pub fn setup(seed: u64) -> Setup {
         lease: ms(rng.pick(&[50, 300, 1000])),
         resync_rate_min: rng.pick(&[1 << 20, 16 << 20]),
         slowest: ms(rng.pick(&[1, 5, 20, 60])),
+        in_flight_max: rng.pick(&[1, 3, 12, 12]),
         whole_blocks: rng.percent(30),
+        hot_sectors: rng.pick(&[0, 16, 64, 64]),
         depth: rng.pick(&[2, 8, 24]),
     }
 }
@@ -66,7 +68,9 @@ fn heal(world: &mut World) {
     for agent in 0..world.agents.len() {
         let at = &mut world.agents[agent];
         at.disk.heal();
+        at.dies_at_checkpoint = None;
         (at.stalled_until, at.cut_off_until) = (Time::ZERO, Time::ZERO);
+        world.severed.clear();
         world.start_agent(agent);
     }
     // What stood still goes on within this time; agents that were asked to stop do so and come back.
@@ -117,9 +121,15 @@ fn rotten(world: &World) -> bool {
 impl World {
     /// Something goes wrong, and the next thing is planned.
     pub fn draw_fault(&mut self) {
-        let pause = self.rng.pick(&[30, 100, 300, 900]);
+        let syncing = (0..self.agents.len()).find(|a| self.is_syncing(*a));
+        let pause = self.rng.pick(if syncing.is_some() { &[5, 20, 60, 300] } else { &[30, 100, 300, 900] });
         self.after(ms(pause), Happening::Fault);
-        let agent = self.rng.below(self.agents.len() as u64) as usize;
+        if self.rng.percent(40) {
+            // What was changed before stays as it is for a while: a change that was missed is not hidden by the next one.
+            self.hot_first = self.rng.below(self.oracle.sectors() as u64 / 8) * 8;
+        }
+        let any = self.rng.below(self.agents.len() as u64) as usize;
+        let agent = syncing.filter(|_| self.rng.percent(30)).unwrap_or(any);
         let time = ms(self.rng.pick(&[10, 60, 200, 600, 1500, 3000]));
         match self.rng.below(100) {
             0..12 => self.crash(agent, false, time),
@@ -146,6 +156,8 @@ impl World {
             65..70 => (0..self.agents.len()).for_each(|a| self.fill(a, false)),
             70..72 => (0..self.agents.len()).for_each(|a| self.fill(a, true)),
             72..75 if self.setup.whole_blocks => self.flip_a_bit(agent),
+            75..82 => self.ask_for_resync(agent),
+            82..86 => self.agents[any].dies_at_checkpoint = Some(self.rng.percent(60)),
             _ => self.draw_engine_fault(time),
         }
     }
@@ -156,7 +168,7 @@ impl World {
             return;
         }
         let engine = self.rng.pick(&alive);
-        match self.rng.below(5) {
+        match self.rng.below(6) {
             0 | 1 => self.kill_engine(engine),
             2 => self.freeze_engine(engine, time),
             3 if alive.len() < 3 => {
@@ -165,11 +177,34 @@ impl World {
                 }
                 self.start_engine(true);
             }
+            4 => self.split(engine, alive.len() < 3, time),
             _ => self.stop_engine(engine),
         }
     }
 
-    fn crash(&mut self, agent: usize, power_cut: bool, time: Duration) {
+    /// An engine is on one side of a split network. Another may be on the other.
+    fn split(&mut self, engine: usize, another: bool, time: Duration) {
+        let here: Vec<bool> = (0..self.agents.len()).map(|_| self.rng.percent(50)).collect();
+        let other = (another && self.rng.percent(60)).then(|| self.start_engine(true));
+        for (agent, is_here) in here.into_iter().enumerate() {
+            match other {
+                Some(other) if is_here => self.sever(other, agent, time),
+                None | Some(_) if is_here => {}
+                None | Some(_) => self.sever(engine, agent, time),
+            }
+        }
+    }
+
+    /// An operator wants a replica brought back now, or copied anew.
+    fn ask_for_resync(&mut self, agent: usize) {
+        let serving = |e: &usize| self.engines[*e].is_serving() && self.engines[*e].frozen_until <= self.now;
+        let Some(engine) = (0..self.engines.len()).filter(serving).next_back() else { return };
+        let full = self.rng.percent(40);
+        let outcome = self.command(engine, Command::Resync { replica: replica_name(agent), full });
+        self.trace(|| format!("e{engine} is to bring a{agent} back{}: {outcome:?}", if full { " anew" } else { "" }));
+    }
+
+    pub fn crash(&mut self, agent: usize, power_cut: bool, time: Duration) {
         if self.agents[agent].process.is_some() {
             self.kill_agent(agent, power_cut);
             self.start_agent_after(agent, time);

@@ -62,8 +62,12 @@ pub struct Setup {
     pub resync_rate_min: u64,
     /// Longest time of a message, a job of a disk.
     pub slowest: Duration,
+    /// Messages on their way to an agent at most: a socket takes no more.
+    pub in_flight_max: usize,
     /// Clients ask for whole blocks only.
     pub whole_blocks: bool,
+    /// Most requests of clients concern so many sectors, others now and then; zero if all are alike. A multiple of 8.
+    pub hot_sectors: u64,
     /// Requests that a client keeps under way; zero for a client that a test drives.
     pub depth: usize,
 }
@@ -88,7 +92,9 @@ impl Setup {
             lease: ms(300),
             resync_rate_min: 8 << 20,
             slowest: ms(2),
+            in_flight_max: 12,
             whole_blocks: false,
+            hot_sectors: 0,
             depth: 0,
         }
     }
@@ -107,6 +113,7 @@ pub enum Happening {
     Look { agent: usize, life: u64 },
     Done { agent: usize, life: u64, job: u64 },
     StartAgent { agent: usize },
+    Crash { agent: usize, power_cut: bool },
     StartEngine { take_over: bool },
     KillEngine { engine: usize },
     Goodbye { engine: usize },
@@ -123,8 +130,12 @@ pub struct World {
     pub engines: Vec<Engine>,
     pub conns: BTreeMap<ConnId, Conn>,
     pub next_conn: ConnId,
+    /// Engines and agents that cannot reach each other, and until when.
+    pub severed: BTreeMap<(usize, usize), Time>,
     pub oracle: Oracle,
     pub next_token: u64,
+    /// Where the sectors begin that most requests concern.
+    pub hot_first: u64,
     /// Every record that was ever sent, by epoch and place.
     pub records: BTreeMap<(u64, u64), Record>,
     /// Bytes that engines sent to syncing replicas.
@@ -167,7 +178,9 @@ impl World {
             engines: Vec::new(),
             conns: BTreeMap::new(),
             next_conn: 1,
+            severed: BTreeMap::new(),
             next_token: 1,
+            hot_first: 0,
             records: BTreeMap::new(),
             copied_bytes: 0,
             notices: Vec::new(),
@@ -229,6 +242,7 @@ impl World {
             Happening::Look { agent, life } => self.look(agent, life),
             Happening::Done { agent, life, job } => self.job_done(agent, life, job),
             Happening::StartAgent { agent } => self.start_agent(agent),
+            Happening::Crash { agent, power_cut } => self.crash(agent, power_cut, ms(200)),
             Happening::StartEngine { take_over } => {
                 self.start_engine(take_over);
             }
@@ -244,12 +258,12 @@ impl World {
         match happening {
             Happening::ToAgent(conn) | Happening::LostAtAgent(conn) => {
                 let conn = self.conns.get(conn)?;
-                let link = self.agents[conn.agent].cut_off_until;
+                let link = self.link_down_until(conn.engine, conn.agent);
                 Some(self.agents[conn.agent].stalled_until.max(link))
             }
             Happening::ToEngine(conn) | Happening::LostAtEngine(conn) => {
                 let conn = self.conns.get(conn)?;
-                let link = self.agents[conn.agent].cut_off_until;
+                let link = self.link_down_until(conn.engine, conn.agent);
                 Some(self.engines[conn.engine].frozen_until.max(link))
             }
             Happening::Dial { engine: e, .. }
@@ -258,6 +272,7 @@ impl World {
             | Happening::Goodbye { engine: e } => engine(*e),
             Happening::Look { agent: a, .. } | Happening::Done { agent: a, .. } => agent(*a),
             Happening::StartAgent { .. }
+            | Happening::Crash { .. }
             | Happening::StartEngine { .. }
             | Happening::KillEngine { .. }
             | Happening::Fault => None,
