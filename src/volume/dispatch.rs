@@ -177,14 +177,25 @@ impl<T> Volume<T> {
             return;
         }
         self.ask(now, id);
+        self.fail_if_hopeless(id);
+    }
+
+    /// Fails a read that every member was asked for and none has a good copy of: better no answer than a wrong one.
+    fn fail_if_hopeless(&mut self, id: u64) {
         let Some(piece) = self.reads.pieces.get(&id) else { return };
-        let members = self.peers.iter().filter(|p| p.role == super::Role::Member).count();
-        if piece.outstanding == 0 && piece.failed.len() >= members.max(1) {
-            // Every member was asked and none has a good copy: better no answer than a wrong one.
-            if let Some(token) = self.reads.fail_piece(id) {
-                self.complete(token, Err(Failure::Io));
-            }
+        let mut members = (0..self.peers.len()).filter(|id| self.peers[*id].role == super::Role::Member);
+        let is_hopeless =
+            piece.outstanding == 0 && !piece.failed.is_empty() && members.all(|m| piece.failed.contains(&m));
+        if is_hopeless && let Some(token) = self.reads.fail_piece(id) {
+            self.complete(token, Err(Failure::Io));
         }
+    }
+
+    /// Looks again at reads that some members could not do: the one that might have done better may have left.
+    pub(super) fn fail_hopeless(&mut self) {
+        let failed: Vec<u64> =
+            self.reads.pieces.iter().filter(|(_, p)| !p.failed.is_empty()).map(|(id, _)| *id).collect();
+        failed.into_iter().for_each(|id| self.fail_if_hopeless(id));
     }
 
     /// Asks another member where an answer takes unusually long.

@@ -562,6 +562,7 @@ impl<T> Volume<T> {
         }
         self.ping(now);
         self.hedge(now);
+        self.fail_hopeless();
         self.expire(now);
         self.settle(now);
     }

@@ -437,3 +437,17 @@ fn a_failed_sync_that_throws_pages_away_makes_no_block_bad() {
         w.settle_and_compare();
     }
 }
+
+#[test]
+fn a_read_fails_when_the_member_that_might_have_a_good_copy_leaves() {
+    let mut w = serving(Setup { replicas: 2, ..Setup::quiet(35, AckPolicy::First) });
+    let token = w.write(0, 0, 8, false);
+    w.done(0, token);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    w.agents[0].disk.image.rot(77);
+    w.agents[0].rotten.push(0);
+    w.kill_agent(1, false);
+    let read = w.read(0, 0, 8);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a"));
+    assert!(w.run_until(ms(100), |w| w.answer(0, read) == Some(&Err(Failure::Io))), "nobody is left to ask");
+}
