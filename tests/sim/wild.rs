@@ -198,7 +198,7 @@ impl World {
     /// An operator wants a replica brought back now, or copied anew.
     fn ask_for_resync(&mut self, agent: usize) {
         let serving = |e: &usize| self.engines[*e].is_serving() && self.engines[*e].frozen_until <= self.now;
-        let Some(engine) = (0..self.engines.len()).filter(serving).next_back() else { return };
+        let Some(engine) = (0..self.engines.len()).rfind(serving) else { return };
         let full = self.rng.percent(40);
         let outcome = self.command(engine, Command::Resync { replica: replica_name(agent), full });
         self.trace(|| format!("e{engine} is to bring a{agent} back{}: {outcome:?}", if full { " anew" } else { "" }));
