@@ -237,19 +237,14 @@ pub struct ViewChange {
     pub forced: bool,
 }
 
-/// Ranges behind names of at most the largest view that fit into a payload of `payload_bytes_max`.
-fn ranges_max(payload_bytes_max: u32) -> usize {
+/// Ranges that fit into a view change or a dirty change with a payload of `payload_bytes_max`, next to the largest view.
+#[must_use]
+pub fn ranges_max(payload_bytes_max: u32) -> usize {
     let names = (crate::REPLICAS_MAX + 1) * (ReplicaName::BYTES_MAX + 2) + 32;
     (payload_bytes_max as usize).saturating_sub(names) / cursor::RANGE_BYTES
 }
 
 impl ViewChange {
-    /// Ranges that fit into a payload of `payload_bytes_max`, next to the largest view.
-    #[must_use]
-    pub fn ranges_max(payload_bytes_max: u32) -> usize {
-        ranges_max(payload_bytes_max)
-    }
-
     /// The payload.
     #[must_use]
     pub fn encode(&self) -> Bytes {
@@ -308,12 +303,6 @@ pub enum DirtyStep {
 }
 
 impl DirtyChange {
-    /// Ranges that fit into a payload of `payload_bytes_max`.
-    #[must_use]
-    pub fn ranges_max(payload_bytes_max: u32) -> usize {
-        ranges_max(payload_bytes_max)
-    }
-
     /// The payload.
     #[must_use]
     pub fn encode(&self) -> Bytes {

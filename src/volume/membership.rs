@@ -6,7 +6,7 @@
 
 use protocol::quorum::AckPolicies;
 use protocol::ranges::merge;
-use protocol::record::ViewChange;
+use protocol::record::{ViewChange, ranges_max};
 use protocol::{AckPolicy, RecordKind, Seq, View, ViewState};
 
 use super::peer::{Lacks, Peer, Role};
@@ -231,9 +231,9 @@ impl<T> Volume<T> {
         let Some(membership) = &self.membership else { return };
         let Some(view) = membership.in_force.without(&name) else { return };
         self.keep_from_synced(now);
-        let ranges_max = ViewChange::ranges_max(self.record_payload_bytes_max).max(1);
+        let count_max = ranges_max(self.record_payload_bytes_max).max(1);
         let (acknowledged, ranges) = self.account_of(id);
-        let unacknowledged = merge(ranges, ranges_max);
+        let unacknowledged = merge(ranges, count_max);
         let change = ViewChange { view, subject: name.clone(), acknowledged, unacknowledged, forced: false };
         self.give_out_view(now, change);
         self.tracked.insert(name.clone(), acknowledged);

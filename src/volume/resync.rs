@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use protocol::message::{Begin, Condition, Promised};
 use protocol::ranges::{ByteRange, merge};
-use protocol::record::{DirtyChange, DirtyStep};
+use protocol::record::{DirtyChange, DirtyStep, ranges_max};
 use protocol::{Position, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent};
 
 use super::copying::Copying;
@@ -289,8 +289,8 @@ impl<T> Volume<T> {
     fn give_out_follow(&mut self, now: Time, ranges: Vec<ByteRange>) {
         let Some(peer) = self.resync.as_ref().map(|r| r.peer) else { return };
         let subject = self.peers[peer].name.clone();
-        let ranges_max = DirtyChange::ranges_max(self.record_payload_bytes_max).max(1);
-        let step = DirtyStep::Follow { ranges: merge(ranges, ranges_max) };
+        let count_max = ranges_max(self.record_payload_bytes_max).max(1);
+        let step = DirtyStep::Follow { ranges: merge(ranges, count_max) };
         let seq = self.append_dirty(now, subject.clone(), step);
         self.tracked.entry(subject.clone()).or_insert(Seq(0));
         let others = self.tracked.iter().filter(|(n, _)| **n != subject);
