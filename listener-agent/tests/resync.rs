@@ -37,7 +37,16 @@ impl Engine {
     }
 
     fn wait_for(&self, wanted: &dyn Fn(&ToEngine) -> bool) {
-        while !wanted(&self.heard.recv_timeout(PATIENCE).expect("an answer")) {}
+        self.wait_for_all(&[wanted]);
+    }
+
+    /// Waits until each of these was said, in any order.
+    fn wait_for_all(&self, wanted: &[&dyn Fn(&ToEngine) -> bool]) {
+        let mut missing = wanted.to_vec();
+        while !missing.is_empty() {
+            let said = self.heard.recv_timeout(PATIENCE).expect("an answer");
+            missing.retain(|wanted| !wanted(&said));
+        }
     }
 
     fn append(&self, seq: u64, kind: RecordKind, range: ByteRange, payload: Bytes) {
@@ -97,7 +106,8 @@ fn a_new_replica_follows_is_copied_to_grows_and_is_in_sync() {
     engine.append(43, RecordKind::Resize, nowhere, Resize { size_bytes: GROWN_BYTES }.encode());
     engine.append(44, RecordKind::Write, range(GROWN_BYTES - 512, 512), Bytes::from(vec![5; 512]));
     engine.session.send([ToAgent::Synced]);
-    engine.wait_for(&|m| *m == ToEngine::InSync);
+    // Being in sync says nothing of records that came after the last copy: each of those is answered for itself.
+    engine.wait_for_all(&[&|m| *m == ToEngine::InSync, &|m| *m == ToEngine::Durable { seq: Seq(44) }]);
     assert!(host.close(Instant::now() + PATIENCE), "closed in time");
     drop((engine, host));
 
