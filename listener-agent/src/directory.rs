@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use crate::dirty_file;
 use crate::disk::file::{Caching, SystemFile};
 use crate::disk::{RawFile, ReplicaFiles};
-use crate::image::{Image, SIZE_BYTES_MAX, Trust, checksum_file_bytes};
+use crate::image::{Image, Trust, checksum_file_bytes};
 use crate::journal::recover::{RecoverError, ScanStart, scan};
 use crate::journal::ring::Ring;
 use crate::journal::{self, HeaderError};
@@ -494,12 +494,6 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
     Ok(OpenReplica { files, superblock, ring: recovered.ring, durable, dirty })
-}
-
-/// Whether a volume or a journal can have this size.
-#[must_use]
-pub fn is_size_allowed(bytes: u64) -> bool {
-    (BLOCK_BYTES..=SIZE_BYTES_MAX).contains(&bytes) && bytes.is_multiple_of(BLOCK_BYTES)
 }
 
 #[cfg(test)]

@@ -28,8 +28,14 @@ pub fn checksum_file_bytes(size_bytes: u64) -> u64 {
     size_bytes / BLOCK_BYTES * CHECKSUM_BYTES
 }
 
-/// The largest volume, bytes: what a file can be long, and room to round.
-pub const SIZE_BYTES_MAX: u64 = 1 << 62;
+/// What a file can be long, and room to round.
+const SIZE_BYTES_MAX: u64 = 1 << 62;
+
+/// Whether a volume or a journal can have this size.
+#[must_use]
+pub fn is_size_allowed(bytes: u64) -> bool {
+    (BLOCK_BYTES..=SIZE_BYTES_MAX).contains(&bytes) && bytes.is_multiple_of(BLOCK_BYTES)
+}
 
 /// Whether blocks can be trusted to match their checksums before they are changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,5 +28,8 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// The largest payload of one record, bytes. A longer client write is given several consecutive places in the order.
 pub const RECORD_PAYLOAD_BYTES_MAX: u32 = 1 << 20;
 
+/// The largest volume, bytes.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+
 /// The most replicas that a volume can have.
 pub const REPLICAS_MAX: usize = 16;

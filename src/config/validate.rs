@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 
 use listener_agent::config::{ByteSize, Endpoint};
+use protocol::VOLUME_BYTES_MAX;
 
 use super::invalid::{DESCRIPTION_BYTES_MAX, InvalidConfig, InvalidValue, NAME_BYTES_MAX, REPLICAS_MAX};
 use super::{BLOCK, EngineConfig, ReplicaConfig, ReplicaPlace, VolumeConfig};
@@ -69,7 +70,7 @@ fn in_volume(volume: &str, value: InvalidValue) -> InvalidConfig {
 }
 
 fn validate_volume(volume: &VolumeConfig) -> Result<(), InvalidValue> {
-    size("size", volume.size, ByteSize::kib(64), ByteSize::tib(64))?;
+    size("size", volume.size, ByteSize::kib(64), ByteSize::from_bytes(VOLUME_BYTES_MAX))?;
     aligned("size", volume.size)?;
     let lag = volume.lag_bytes_max;
     size("lag_bytes_max", lag, ByteSize::kib(64), ByteSize::gib(64))?;

@@ -17,15 +17,13 @@ use std::time::Duration;
 use protocol::message::{Promised, Welcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
-
 use protocol::record::ViewChange;
+use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
 use super::log::Log;
 use super::membership::Membership;
 use super::peer::{Lacks, Link, Role};
-use super::{Event, Failure, Notice, PeerId, Phase, Time, Volume};
-use super::{MissingReplica, StartRefusal};
+use super::{Event, Failure, MissingReplica, Notice, PeerId, Phase, StartRefusal, Time, Volume};
 
 /// How long to wait for replicas that could be done without.
 const GRACE: Duration = Duration::from_millis(1000);

@@ -4,7 +4,7 @@
 
 use protocol::ranges::ByteRange;
 use protocol::record::{DirtyStep, Resize};
-use protocol::{BLOCK_BYTES, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent};
+use protocol::{BLOCK_BYTES, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent, VOLUME_BYTES_MAX};
 
 use super::activation::Activation;
 use super::peer::{Lacks, Link, Peer, Role};
@@ -242,7 +242,7 @@ impl<T> Volume<T> {
 
     fn resize(&mut self, now: Time, size_bytes: u64) -> Result<(), CommandRefusal> {
         let now_bytes = self.size_bytes;
-        if size_bytes <= now_bytes || !size_bytes.is_multiple_of(BLOCK_BYTES) || size_bytes > SIZE_BYTES_MAX {
+        if size_bytes <= now_bytes || !size_bytes.is_multiple_of(BLOCK_BYTES) || size_bytes > VOLUME_BYTES_MAX {
             return Err(CommandRefusal::Size { size_bytes, now_bytes });
         }
         if self.resizing.is_some() {
@@ -324,6 +324,3 @@ impl<T> Volume<T> {
         if found.is_some_and(|found| found < stable) { Lacks::Everything } else { Lacks::SinceStable }
     }
 }
-
-/// What an agent could ever hold, bytes.
-const SIZE_BYTES_MAX: u64 = 64 << 40;

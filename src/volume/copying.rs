@@ -13,7 +13,7 @@ use protocol::ranges::ByteRange;
 use super::{PeerId, Time};
 
 /// Bytes of one chunk, at most: small, so that few changes overlap it while it is read.
-pub(super) const CHUNK_BYTES_MAX: u64 = 256 * 1024;
+const CHUNK_BYTES_MAX: u64 = 256 * 1024;
 /// Bytes of chunks under way, at most.
 const WINDOW_BYTES: u64 = 16 << 20;
 /// Chunks being read at a time.

@@ -81,10 +81,15 @@ impl<T> Volume<T> {
         }
     }
 
-    fn read_failed(&mut self, now: Time, peer: PeerId, id: u64, offset: Option<u64>) {
+    /// Counts a read that a replica could not do, and says so; `offset` is that of a bad block.
+    pub(super) fn note_read_failed(&mut self, peer: PeerId, offset: Option<u64>) {
         self.peers[peer].checksum_errors += u64::from(offset.is_some());
         let replica = self.peers[peer].name.clone();
         self.notice(Notice::ReadFailed { replica, offset });
+    }
+
+    fn read_failed(&mut self, now: Time, peer: PeerId, id: u64, offset: Option<u64>) {
+        self.note_read_failed(peer, offset);
         if let Some(piece) = self.reads.pieces.get_mut(&id) {
             piece.failed.push(peer);
         }

@@ -320,7 +320,6 @@ impl<T> Volume<T> {
                 | RefusedReason::Unusable
                 | RefusedReason::Protocol => {
                     self.note_refusal(peer, refused.text);
-                    self.peers[peer].holds_nothing = refused.reason == RefusedReason::NoReplica;
                     self.disconnect(now, peer);
                     self.activation_lost(now, peer);
                 }

@@ -106,8 +106,6 @@ pub(super) struct Peer {
     pub(super) must_leave: bool,
     /// It is to be forgotten once it is out of the view.
     pub(super) is_removed: bool,
-    /// There is no replica where it should be.
-    pub(super) holds_nothing: bool,
     /// Somebody asked that all of it be copied anew.
     pub(super) wants_full_resync: bool,
     pub(super) welcome: Option<Welcome>,
@@ -149,7 +147,6 @@ impl Peer {
             linked_at: now,
             must_leave: false,
             is_removed: false,
-            holds_nothing: false,
             wants_full_resync: false,
             welcome: None,
             promised: None,

@@ -148,12 +148,7 @@ fn a_member_that_hangs_while_a_chunk_is_read_there_does_not_stop_the_writes() {
 fn a_member_that_is_there_after_all_is_not_given_up() {
     for seed in 1000..1040 {
         let mut w = serving(wide(seed, AckPolicy::First));
-        w.stall_agent(0, ms(100));
-        w.stall_agent(1, ms(100));
-        let token = w.write(0, 0, 8, false);
-        w.done(0, token);
-        w.kill_agent(2, true);
-        w.kill_engine(0);
+        let token = w.lose_what_c_alone_holds(0);
         let e = w.start_engine(true);
         w.run_for(ms(21_000));
         assert!(matches!(w.refusals.last(), Some(StartRefusal::Missing { .. })), "{:?}", w.refusals);

@@ -441,17 +441,10 @@ fn a_replica_that_was_given_up_stays_given_up_if_the_engine_dies_at_once() {
     for moment in 0..40 {
         let mut w = serving(wide(500 + moment, AckPolicy::First));
         w.change_unit(0, 0);
-        w.stall_agent(0, ms(200));
-        w.stall_agent(1, ms(200));
-        let token = w.write(0, 0, 8, false);
-        w.done(0, token);
-        w.kill_engine(0);
-        w.kill_agent(2, true);
+        let token = w.lose_what_c_alone_holds(0);
         let e = w.start_engine(true);
         w.run_for(ms(21_000));
-        let (now, replicas) = (w.engine_now(e), vec!["c".parse().unwrap()]);
-        w.engines[e].volume.command(now, Command::ActivateWithout { replicas }).unwrap();
-        w.pump_engine(e);
+        w.command(e, Command::ActivateWithout { replicas: vec!["c".parse().unwrap()] }).unwrap();
         w.run_for(ms(1000));
         w.run_until(LONG, |w| w.engines[e].volume.snapshot(w.now).seq > Seq(0));
         w.run_for(std::time::Duration::from_micros(100 * moment));

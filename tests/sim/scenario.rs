@@ -62,6 +62,17 @@ impl World {
         assert!(self.run_until(ms(120_000), |w| view(w) == everyone), "only {} are back", self.view(engine));
     }
 
+    /// A write that c alone holds is acknowledged; then the engine and c are gone.
+    pub fn lose_what_c_alone_holds(&mut self, engine: usize) -> Token {
+        self.stall_agent(0, ms(100));
+        self.stall_agent(1, ms(100));
+        let token = self.write(engine, 0, 8, false);
+        self.done(engine, token);
+        self.kill_agent(2, true);
+        self.kill_engine(engine);
+        token
+    }
+
     /// Everything settles, and every disk holds what it should.
     pub fn settle_and_compare(&mut self) {
         let engine = self.engines.len() - 1;

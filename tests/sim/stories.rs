@@ -101,12 +101,7 @@ fn an_engine_on_the_wrong_side_of_a_split_network_answers_no_read() {
 #[test]
 fn an_engine_that_may_lack_acknowledged_writes_does_not_start_and_says_who_is_missing() {
     let mut w = serving(Setup::quiet(5, AckPolicy::First));
-    w.stall_agent(0, ms(100));
-    w.stall_agent(1, ms(100));
-    let token = w.write(0, 0, 8, false);
-    w.done(0, token);
-    w.kill_agent(2, true);
-    w.kill_engine(0);
+    let token = w.lose_what_c_alone_holds(0);
     let e = w.start_engine(true);
     w.run_for(ms(25_000));
     assert!(!w.engines[e].is_serving());
@@ -122,12 +117,7 @@ fn an_engine_that_may_lack_acknowledged_writes_does_not_start_and_says_who_is_mi
 #[test]
 fn a_changed_ack_policy_does_not_let_an_engine_start_without_what_the_one_before_acknowledged() {
     let mut w = serving(Setup::quiet(15, AckPolicy::First));
-    w.stall_agent(0, ms(100));
-    w.stall_agent(1, ms(100));
-    let token = w.write(0, 0, 8, false);
-    w.done(0, token);
-    w.kill_agent(2, true);
-    w.kill_engine(0);
+    let token = w.lose_what_c_alone_holds(0);
     (w.setup.ack_write, w.setup.ack_flush) = (AckPolicy::Majority, AckPolicy::Majority);
     let e = w.start_engine(true);
     w.run_for(ms(25_000));

@@ -42,6 +42,7 @@ use protocol::ranges::ByteRange;
 use protocol::record::{DirtyChange, Resize, ViewChange};
 use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
+use crate::image::is_size_allowed;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
 use crate::journal::ring::Ring;
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
@@ -53,7 +54,7 @@ pub use jobs::{ApplyJob, Changes, ExtendJob, FetchJob, GroupJob, Growth, JobErro
 use lease::Leases;
 pub use reads::ReadJob;
 use reads::{Place, ReadQueue};
-use resync::{Turn, is_size_sound};
+use resync::Turn;
 
 /// One connection of an engine.
 pub type SessionId = u64;
@@ -462,7 +463,7 @@ impl Replica {
         // The payload was compared with its checksum when it came off the network.
         check_payload_shape(record).map_err(|e| e.to_string())?;
         match new_size(record) {
-            Some(size) if size < self.received_size || !is_size_sound(size) => {
+            Some(size) if size < self.received_size || !is_size_allowed(size) => {
                 Err(format!("record {} makes {size} bytes of {}", header.seq, self.received_size))
             }
             Some(_) | None => Ok(()),

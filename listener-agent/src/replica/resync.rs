@@ -11,7 +11,7 @@ use protocol::{BLOCK_BYTES, Epoch, ReplicaName, Seq, ToEngine};
 use super::dirty::{self, DirtyMaps};
 use super::jobs::{ExtendJob, Growth, MetadataJob, Purpose};
 use super::{PENDING_BYTES_MAX, Replica, SessionId};
-use crate::image::SIZE_BYTES_MAX;
+use crate::image::is_size_allowed;
 use crate::superblock::{JournalTail, Superblock, TRACKED_MAX};
 
 #[cfg(test)]
@@ -37,10 +37,6 @@ pub(super) enum TurnStep {
     Synced,
 }
 
-pub(super) fn is_size_sound(size_bytes: u64) -> bool {
-    size_bytes > 0 && size_bytes <= SIZE_BYTES_MAX && size_bytes.is_multiple_of(BLOCK_BYTES)
-}
-
 fn check_begin(begin: &Begin, promised: Epoch) -> Result<(), &'static str> {
     let Begin { position, views, history, tracked, .. } = begin;
     if position.seq.0 > SEQ_MAX {
@@ -53,7 +49,7 @@ fn check_begin(begin: &Begin, promised: Epoch) -> Result<(), &'static str> {
     if views.seq > position.seq || last_epoch > position.seq || history.epoch_at(position.seq) != Some(position.epoch) {
         return Err("its position is not in its history");
     }
-    if !is_size_sound(begin.size_bytes) {
+    if !is_size_allowed(begin.size_bytes) {
         return Err("no volume has its size");
     }
     let mut names: Vec<&ReplicaName> = tracked.iter().map(|(name, _)| name).collect();
@@ -187,7 +183,7 @@ impl Replica {
         if self.extends.len() >= EXTENDS_MAX {
             return self.refuse_protocol(session, "room was asked for too often");
         }
-        if !is_size_sound(size_bytes) {
+        if !is_size_allowed(size_bytes) {
             let refused = format!("no volume has {size_bytes} bytes");
             return self.outbox.push_back((session, ToEngine::Extended { size_bytes, refused }));
         }

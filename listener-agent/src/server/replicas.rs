@@ -13,6 +13,7 @@ use tracing::info;
 use super::AgentError;
 use crate::directory::{self, DirectoryError, NewReplica};
 use crate::host::{Reach, ReplicaHost};
+use crate::image::is_size_allowed;
 use crate::journal;
 use crate::superblock::Identity;
 
@@ -98,8 +99,8 @@ impl Replicas {
 
     pub(super) fn format(&self, format: Format) -> Result<(), Refused> {
         let unusable = |text: String| refused(RefusedReason::Unusable, text);
-        let sound = directory::is_size_allowed(format.size_bytes)
-            && directory::is_size_allowed(format.journal_bytes)
+        let sound = is_size_allowed(format.size_bytes)
+            && is_size_allowed(format.journal_bytes)
             && format.journal_bytes >= journal::FILE_BYTES_MIN
             && format.view.contains(&format.replica);
         if !sound {

@@ -10,7 +10,7 @@ use protocol::{Seq, ToAgent};
 use super::super::copying::ChunkRead;
 use super::super::log::Log;
 use super::super::peer::{Peer, READS_OUTSTANDING_MAX, Role};
-use super::super::{Notice, PeerId, Phase, Time, Volume};
+use super::super::{PeerId, Phase, Time, Volume};
 use super::{FinishState, LIST_PATIENCE, Resync, SPEED_OVER, Step, TELL_EVERY};
 
 impl<T> Volume<T> {
@@ -167,9 +167,7 @@ impl<T> Volume<T> {
             ReadOutcome::ChecksumMismatch { offset } => Some(*offset),
             ReadOutcome::Data { .. } | ReadOutcome::Failed => None,
         };
-        self.peers[peer].checksum_errors += u64::from(offset.is_some());
-        let replica = self.peers[peer].name.clone();
-        self.notice(Notice::ReadFailed { replica, offset });
+        self.note_read_failed(peer, offset);
         if failed >= self.sources().len() {
             let at = offset.map_or_else(String::new, |offset| format!(" at byte {offset}"));
             self.end_resync(now, format!("no member has a good copy of what it lacks{at}"));
