@@ -123,7 +123,7 @@ fn trap_3_a_write_that_waited_for_memory_is_dropped_when_its_client_is_gone() {
 
 #[test]
 fn trap_4_a_refused_write_keeps_the_connection_in_step() {
-    let export = ExportInfo { name: "demo".into(), description: String::new(), size_bytes: 1 << 20, read_only: true };
+    let export = ExportInfo { name: "demo".into(), size_bytes: 1 << 20, read_only: true, ..ExportInfo::default() };
     let volume = MemoryVolume::with_export(export);
     let server = Running::on_tcp(&[&volume], Limits::default());
     let mut client = server.client("demo");

@@ -5,8 +5,10 @@
 
 use bytes::Bytes;
 
+use super::access::AccessRules;
+
 /// What the handshake advertises for one volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExportInfo {
     /// Name that clients ask for; at most 4096 bytes.
     pub name: String,
@@ -16,6 +18,10 @@ pub struct ExportInfo {
     pub size_bytes: u64,
     /// Whether changes are refused with EPERM.
     pub read_only: bool,
+    /// Whether clients should treat it as a rotating disk, which seeks slowly.
+    pub rotational: bool,
+    /// Who may use it.
+    pub access: AccessRules,
 }
 
 /// One thing a client wants done. Offsets and lengths are bytes; lengths are never zero.
@@ -59,7 +65,60 @@ pub enum Request {
         /// The range must stay allocated.
         no_hole: bool,
     },
+    /// Completed with what is known of the allocation of the range, from its first byte on.
+    BlockStatus {
+        /// First byte.
+        offset: u64,
+        /// Any length that fits the export.
+        length: u64,
+        /// One extent is enough.
+        one: bool,
+    },
+    /// The range will be read soon. Completed when that is known where it matters, at the latest; a hint.
+    Cache {
+        /// First byte.
+        offset: u64,
+        /// Any length that fits the export.
+        length: u64,
+    },
 }
+
+/// How a part of an export is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allocation {
+    /// It may hold anything, and takes space.
+    Data,
+    /// It reads as zeroes, and takes space.
+    Zeroes,
+    /// It reads as zeroes, and takes none.
+    Hole,
+}
+
+/// A run of bytes that are kept alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes; never zero.
+    pub length: u64,
+    /// How they are kept.
+    pub allocation: Allocation,
+}
+
+/// What a request came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Done; for everything but reads and block status.
+    Done,
+    /// For a read: exactly the bytes it asked for.
+    Data(Bytes),
+    /// For a block status: at least one extent. They follow each other from the first byte asked for; together they
+    /// may cover less than was asked for, never more.
+    Extents(Vec<Extent>),
+}
+
+/// A change was not taken in, as its client has hung up: it may have sent it again on another connection, and newer
+/// ones after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stale;
 
 /// What a backend may answer instead of success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -78,23 +137,30 @@ pub enum IoError {
     Invalid,
 }
 
-type Answer = Box<dyn FnOnce(Result<Bytes, IoError>) + Send>;
+type OnAnswer = Box<dyn FnOnce(Result<Answer, IoError>) + Send>;
 
 /// The right and duty to answer one request, once, from any thread. Dropped unanswered, it answers [`IoError::Io`],
 /// so that no client waits for ever.
-pub struct Completion(Option<Answer>);
+pub struct Completion(Option<OnAnswer>);
 
 impl Completion {
     /// `answer` is called exactly once. It must not block; it may run on the thread that completes or drops.
-    pub fn new(answer: impl FnOnce(Result<Bytes, IoError>) + Send + 'static) -> Self {
+    pub fn new(answer: impl FnOnce(Result<Answer, IoError>) + Send + 'static) -> Self {
         Self(Some(Box::new(answer)))
     }
 
-    /// Answers. A read carries its data, everything else `Bytes::new()`.
-    pub fn complete(mut self, result: Result<Bytes, IoError>) {
+    /// Answers, with the kind of [`Answer`] that belongs to the request.
+    pub fn complete(mut self, result: Result<Answer, IoError>) {
         if let Some(answer) = self.0.take() {
             answer(result);
         }
+    }
+}
+
+impl Completion {
+    /// Gives up the right to answer: the connection ends without an answer.
+    pub fn forget(mut self) {
+        self.0 = None;
     }
 }
 
@@ -122,7 +188,12 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Takes one request. Must not block; may call `done` inline or later from any thread. Every request gets its
     /// place in the volume's order at the time of this call.
-    fn submit(&self, request: Request, done: Completion);
+    ///
+    /// `is_stale` tells whether the client has hung up. For a change it is asked when nothing else can get a place
+    /// before this request does any more, however long this thread was held up: a change of a client that had hung up
+    /// before another connection's request got its place never gets one after it. If it is stale, `done` is dropped
+    /// with [`Completion::forget`] and nothing is changed.
+    fn submit(&self, request: Request, done: Completion, is_stale: &dyn Fn() -> bool) -> Result<(), Stale>;
 }
 
 #[cfg(test)]
@@ -140,7 +211,14 @@ mod tests {
     #[test]
     fn a_completion_answers_once() {
         let (sender, receiver) = mpsc::channel();
-        Completion::new(move |result| sender.send(result).unwrap()).complete(Ok(Bytes::new()));
+        Completion::new(move |result| sender.send(result).unwrap()).complete(Ok(Answer::Done));
         assert_eq!(receiver.iter().count(), 1);
+    }
+
+    #[test]
+    fn a_forgotten_completion_answers_nothing() {
+        let (sender, receiver) = mpsc::channel();
+        Completion::new(move |result| sender.send(result).unwrap()).forget();
+        assert_eq!(receiver.iter().count(), 0);
     }
 }

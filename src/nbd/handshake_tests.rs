@@ -4,7 +4,13 @@ use super::*;
 use proptest::prelude::*;
 
 fn export(name: &str, read_only: bool) -> ExportInfo {
-    ExportInfo { name: name.into(), description: format!("about {name}"), size_bytes: 4096, read_only }
+    ExportInfo {
+        name: name.into(),
+        description: format!("about {name}"),
+        size_bytes: 4096,
+        read_only,
+        ..ExportInfo::default()
+    }
 }
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {

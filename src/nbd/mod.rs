@@ -5,6 +5,7 @@
 //! `reply`) is sans-IO: bytes in, bytes and decisions out, no clock, socket, task or lock. The other modules are the
 //! thin shell of sockets and tasks around it.
 
+pub mod access;
 mod address;
 mod backend;
 mod budget;
@@ -20,10 +21,12 @@ pub mod request;
 mod server;
 mod session;
 mod stream;
+mod tls;
 
 pub use address::{AddressError, ListenAddress};
-pub use backend::{Backend, Completion, ExportInfo, IoError, Request};
+pub use backend::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request, Stale};
 pub use counters::CountersSnapshot;
 pub use limits::Limits;
 pub use listen::{BindError, ListeningSocket};
 pub use server::{NbdServer, PublishError};
+pub use tls::Tls;

@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use super::backend::{Backend, Completion, ExportInfo, Request};
+use super::backend::{Answer, Backend, Completion, ExportInfo, Request, Stale};
 use super::budget::Charge;
 use super::constants::{CMD_READ, CMD_WRITE, OPTION_DATA_BYTES_MAX, OPTION_HEADER_BYTES, REQUEST_HEADER_BYTES};
 use super::handshake::{Handshake, HandshakeError, Progress, greeting};
@@ -307,18 +307,15 @@ impl Transmission {
             Operation::Write { .. } => self.read_payload(header.length, &mut waited).await?,
             Operation::Read | Operation::Flush | Operation::Trim { .. } | Operation::WriteZeroes { .. } => Bytes::new(),
         };
-        if waited && operation.is_change() && self.outbox.stream().peer_hung_up() {
-            // The client may have sent this change again on another connection, and newer ones after it.
-            return Err(SessionEnd::StaleChange);
-        }
         if waited && self.stopping() {
             self.answer_at_once(header.cookie, Err(WireError::Shutdown));
             return Ok(());
         }
         self.shared.counters.on_submitted(operation);
         let request = request(&header, operation, data);
-        self.backend.submit(request, self.completion(&header, charge));
-        Ok(())
+        let is_stale = || self.outbox.stream().peer_hung_up();
+        let submitted = self.backend.submit(request, self.completion(&header, charge), &is_stale);
+        submitted.map_err(|_: Stale| SessionEnd::StaleChange)
     }
 
     async fn read_payload(&mut self, length: u32, waited: &mut bool) -> Result<Bytes, SessionEnd> {
@@ -339,12 +336,12 @@ impl Transmission {
         let read_bytes = (header.command == CMD_READ).then_some(header.length as usize);
         Completion::new(move |result| {
             let result = match (result, read_bytes) {
-                (Ok(data), Some(wanted)) if data.len() != wanted => {
-                    tracing::error!(wanted, got = data.len(), "the volume read a wrong length");
+                (Ok(Answer::Data(data)), Some(wanted)) if data.len() == wanted => Ok(data),
+                (Ok(Answer::Done), None) => Ok(Bytes::new()),
+                (Ok(_), _) => {
+                    tracing::error!(wanted = read_bytes, "the volume answered what was not asked for");
                     Err(WireError::Io)
                 }
-                (Ok(data), Some(_)) => Ok(data),
-                (Ok(_), None) => Ok(Bytes::new()),
                 (Err(error), _) => Err(wire_error(error)),
             };
             shared.counters.on_answered(&result);

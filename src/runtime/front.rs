@@ -9,7 +9,8 @@ use protocol::ranges::ByteRange;
 
 use super::latency::{Latency, Percentiles};
 use super::volume_task::VolumeTask;
-use crate::nbd::{Backend, Completion, ExportInfo, IoError, Request as NbdRequest};
+use crate::nbd::access::AccessRules;
+use crate::nbd::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request as NbdRequest, Stale};
 use crate::volume::{Failure, Request, Zeroing};
 
 /// A client's request.
@@ -83,7 +84,12 @@ impl Figures {
                 Kind::Flush => {}
             }
         }
-        token.completion.complete(outcome.map_err(|failure| match failure {
+        let kind = token.kind;
+        let answer = |data| match kind {
+            Kind::Read => Answer::Data(data),
+            Kind::Change | Kind::Flush => Answer::Done,
+        };
+        token.completion.complete(outcome.map(answer).map_err(|failure| match failure {
             Failure::Io => IoError::Io,
             Failure::NoSpace => IoError::NoSpace,
             Failure::Shutdown => IoError::Shutdown,
@@ -94,26 +100,42 @@ impl Figures {
 impl Backend for VolumeTask {
     fn export(&self) -> ExportInfo {
         let (name, description) = (self.name().to_owned(), self.description.clone());
-        ExportInfo { name, description, size_bytes: VolumeTask::size_bytes(self), read_only: false }
+        ExportInfo {
+            name,
+            description,
+            size_bytes: VolumeTask::size_bytes(self),
+            read_only: false,
+            rotational: false,
+            access: AccessRules::default(),
+        }
     }
 
     fn size_bytes(&self) -> u64 {
         VolumeTask::size_bytes(self)
     }
 
-    fn submit(&self, request: NbdRequest, completion: Completion) {
+    fn submit(&self, request: NbdRequest, completion: Completion, is_stale: &dyn Fn() -> bool) -> Result<(), Stale> {
         let (kind, length) = match &request {
             NbdRequest::Read { length, .. } => (Kind::Read, u64::from(*length)),
             NbdRequest::Write { data, .. } => (Kind::Change, data.len() as u64),
             // They carry nothing.
             NbdRequest::Trim { .. } | NbdRequest::WriteZeroes { .. } => (Kind::Change, 0),
             NbdRequest::Flush => (Kind::Flush, 0),
+            NbdRequest::BlockStatus { length, .. } => {
+                let all = Extent { length: *length, allocation: Allocation::Data };
+                completion.complete(Ok(Answer::Extents(vec![all])));
+                return Ok(());
+            }
+            NbdRequest::Cache { .. } => {
+                completion.complete(Ok(Answer::Done));
+                return Ok(());
+            }
         };
         let token = Token { completion, begun: Instant::now(), kind, length };
         let request = match request {
             NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
             NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
-            NbdRequest::Flush => Request::Flush,
+            NbdRequest::Flush | NbdRequest::BlockStatus { .. } | NbdRequest::Cache { .. } => Request::Flush,
             NbdRequest::Trim { offset, length, fua } => {
                 Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
             }
@@ -122,6 +144,17 @@ impl Backend for VolumeTask {
                 Request::Zero { range: ByteRange { offset, length }, fua, how }
             }
         };
-        self.drive(|volume, now| volume.submit(now, token, request));
+        let is_change = matches!(request, Request::Write { .. } | Request::Zero { .. });
+        let mut outcome = Ok(());
+        self.drive(|volume, now| {
+            // With the volume locked: whoever wants a place for another request waits until this one has its own.
+            if is_change && is_stale() {
+                outcome = Err(Stale);
+                token.completion.forget();
+            } else {
+                volume.submit(now, token, request);
+            }
+        });
+        outcome
     }
 }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbdcast::nbd::{
-    Backend, Completion, CountersSnapshot, ExportInfo, IoError, Limits, ListenAddress, NbdServer, Request,
+    Allocation, Answer, Backend, Completion, CountersSnapshot, ExportInfo, Extent, IoError, Limits, ListenAddress,
+    NbdServer, Request, Stale,
 };
 use tokio::sync::watch;
 
@@ -46,7 +47,7 @@ pub struct MemoryVolume {
 
 impl MemoryVolume {
     pub fn new(name: &str, size_bytes: u64) -> Arc<Self> {
-        Self::with_export(ExportInfo { name: name.into(), description: String::new(), size_bytes, read_only: false })
+        Self::with_export(ExportInfo { name: name.into(), size_bytes, ..ExportInfo::default() })
     }
 
     pub fn with_export(export: ExportInfo) -> Arc<Self> {
@@ -113,7 +114,7 @@ impl MemoryVolume {
         });
     }
 
-    fn perform(&self, request: Request) -> Result<Bytes, IoError> {
+    fn perform(&self, request: Request) -> Result<Answer, IoError> {
         if let Some(failure) = *self.failure.lock().unwrap() {
             return Err(failure);
         }
@@ -121,22 +122,44 @@ impl MemoryVolume {
         match request {
             Request::Read { offset, length } => {
                 let offset = offset as usize;
-                Ok(Bytes::copy_from_slice(&content[offset..offset + length as usize]))
+                Ok(Answer::Data(Bytes::copy_from_slice(&content[offset..offset + length as usize])))
             }
             Request::Write { offset, data, .. } => {
                 let offset = offset as usize;
                 content[offset..offset + data.len()].copy_from_slice(&data);
-                Ok(Bytes::new())
+                Ok(Answer::Done)
             }
-            Request::Flush => Ok(Bytes::new()),
+            Request::Flush | Request::Cache { .. } => Ok(Answer::Done),
+            Request::BlockStatus { offset, length, one } => {
+                let end = content.len() as u64;
+                Ok(Answer::Extents(extents(
+                    &content[offset.min(end) as usize..(offset + length).min(end) as usize],
+                    one,
+                )))
+            }
             Request::Trim { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
                 let end = content.len() as u64;
                 let range = offset.min(end) as usize..(offset + length).min(end) as usize;
                 content[range].fill(0);
-                Ok(Bytes::new())
+                Ok(Answer::Done)
             }
         }
     }
+}
+
+/// Runs of whole blocks of zeroes and of others; zeroes count as holes.
+fn extents(content: &[u8], one: bool) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for block in content.chunks(4096) {
+        let allocation = if block.iter().all(|byte| *byte == 0) { Allocation::Hole } else { Allocation::Data };
+        let length = block.len() as u64;
+        match extents.last_mut() {
+            Some(last) if last.allocation == allocation => last.length += length,
+            Some(_) if one => break,
+            Some(_) | None => extents.push(Extent { length, allocation }),
+        }
+    }
+    extents
 }
 
 impl Backend for MemoryVolume {
@@ -148,16 +171,22 @@ impl Backend for MemoryVolume {
         self.export.size_bytes
     }
 
-    fn submit(&self, request: Request, done: Completion) {
+    fn submit(&self, request: Request, done: Completion, is_stale: &dyn Fn() -> bool) -> Result<(), Stale> {
+        let is_change = matches!(request, Request::Write { .. } | Request::Trim { .. } | Request::WriteZeroes { .. });
+        if is_change && is_stale() {
+            done.forget();
+            return Err(Stale);
+        }
         self.log.lock().unwrap().push(request.clone());
         let mut gate = self.gate.lock().unwrap();
         if gate.closed {
             gate.held.push((request, done));
             self.gate_changed.notify_all();
-            return;
+            return Ok(());
         }
         drop(gate);
         done.complete(self.perform(request));
+        Ok(())
     }
 }
 
