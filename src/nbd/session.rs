@@ -311,11 +311,12 @@ impl Transmission {
             self.answer_at_once(header.cookie, Err(WireError::Shutdown));
             return Ok(());
         }
-        self.shared.counters.on_submitted(operation);
         let request = request(&header, operation, data);
         let is_stale = || self.outbox.stream().peer_hung_up();
         let submitted = self.backend.submit(request, self.completion(&header, charge), &is_stale);
-        submitted.map_err(|_: Stale| SessionEnd::StaleChange)
+        submitted.map_err(|_: Stale| SessionEnd::StaleChange)?;
+        self.shared.counters.on_submitted(operation);
+        Ok(())
     }
 
     async fn read_payload(&mut self, length: u32, waited: &mut bool) -> Result<Bytes, SessionEnd> {
