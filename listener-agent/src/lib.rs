@@ -19,3 +19,4 @@ pub mod replica;
 
 pub mod server;
 pub mod superblock;
+pub mod tls;
