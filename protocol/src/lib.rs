@@ -8,6 +8,7 @@
 
 pub mod checksum;
 pub mod cursor;
+pub mod extents;
 pub mod message;
 pub mod position;
 pub mod quorum;

@@ -7,14 +7,15 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::BLOCK_BYTES;
 use crate::checksum::crc32;
 use crate::cursor::{self, Malformed, Reader};
+use crate::extents::{self, Extent};
 use crate::position::{Epoch, EpochHistory, Position, Seq};
 use crate::quorum::AckPolicies;
 use crate::ranges::ByteRange;
 use crate::record::{Record, RecordHeader};
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
+use crate::{BLOCK_BYTES, RECORD_PAYLOAD_BYTES_MAX};
 
 /// One running engine, drawn at random when it starts; tells two engines apart that ask for the same epoch.
 pub type EngineId = [u8; 16];
@@ -47,14 +48,16 @@ pub enum ToAgent {
         /// Comes back in the `Pong`.
         token: u64,
     },
-    /// Asks for bytes of the volume as of this place in the order of messages.
+    /// Asks about a range of the volume as of this place in the order of messages.
     Read {
         /// Comes back in the reply.
         id: u64,
+        /// What is asked for.
+        what: ReadKind,
         /// First byte.
         offset: u64,
-        /// Bytes, at most [`crate::RECORD_PAYLOAD_BYTES_MAX`].
-        length: u32,
+        /// Bytes, at least 1 and at most [`ReadKind::bytes_max`].
+        length: u64,
     },
     /// Asks for records that another member lacks, from this agent's journal.
     Fetch {
@@ -83,6 +86,46 @@ pub enum ToAgent {
         /// The size, bytes.
         size_bytes: u64,
     },
+}
+
+/// What a read wants to know of its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadKind {
+    /// Its bytes.
+    Data,
+    /// How it is kept, from its first byte on.
+    Extents,
+    /// Nothing: it will be read soon.
+    Prefetch,
+}
+
+impl ReadKind {
+    /// How long a range one read can ask about, bytes.
+    #[must_use]
+    pub fn bytes_max(self) -> u64 {
+        match self {
+            ReadKind::Data => RECORD_PAYLOAD_BYTES_MAX as u64,
+            ReadKind::Extents => 64 << 30,
+            ReadKind::Prefetch => 64 << 20,
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            ReadKind::Data => 0,
+            ReadKind::Extents => 1,
+            ReadKind::Prefetch => 2,
+        }
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<ReadKind, Malformed> {
+        Ok(match r.u8("what to read")? {
+            0 => ReadKind::Data,
+            1 => ReadKind::Extents,
+            2 => ReadKind::Prefetch,
+            3..=u8::MAX => return Err(Malformed { field: "what to read" }),
+        })
+    }
 }
 
 /// From where on a syncing replica follows, and what it would know had it come there record by record.
@@ -167,9 +210,9 @@ pub enum ToEngine {
     ReadDone {
         /// The id of the read.
         id: u64,
-        /// The last record applied when the bytes were read: what they may show.
+        /// The last record applied when the image was looked at: what the answer may show.
         applied: Seq,
-        /// The bytes, or why there are none.
+        /// What was asked for, or why it is not there.
         outcome: ReadOutcome,
     },
     /// A record asked for with `Fetch`.
@@ -233,6 +276,10 @@ pub enum ReadOutcome {
         /// CRC-32 of `data`.
         crc: u32,
     },
+    /// How the range is kept, from its first byte on; may end before the range does.
+    Extents(Vec<Extent>),
+    /// The system was told that the range will be read soon, or cannot be told.
+    Prefetched,
     /// A block does not match its stored checksum.
     ChecksumMismatch {
         /// First byte of the first such block.
@@ -374,10 +421,11 @@ impl ToAgent {
             }
             ToAgent::Stable { seq } => out.put_u64_le(seq.0),
             ToAgent::Ping { token } => out.put_u64_le(*token),
-            ToAgent::Read { id, offset, length } => {
+            ToAgent::Read { id, what, offset, length } => {
                 out.put_u64_le(*id);
+                out.put_u8(what.number());
                 out.put_u64_le(*offset);
-                out.put_u32_le(*length);
+                out.put_u64_le(*length);
             }
             ToAgent::Fetch { from, to } => {
                 out.put_u64_le(from.0);
@@ -428,7 +476,12 @@ impl ToAgent {
             4 => ToAgent::Append(decode_record(&mut r, &mut bulk)?),
             5 => ToAgent::Stable { seq: Seq(r.u64("seq")?) },
             6 => ToAgent::Ping { token: r.u64("token")? },
-            7 => ToAgent::Read { id: r.u64("id")?, offset: r.u64("offset")?, length: r.u32("length")? },
+            7 => ToAgent::Read {
+                id: r.u64("id")?,
+                what: ReadKind::decode(&mut r)?,
+                offset: r.u64("offset")?,
+                length: r.u64("length")?,
+            },
             8 => ToAgent::Fetch { from: Seq(r.u64("from")?), to: Seq(r.u64("to")?) },
             9 => ToAgent::Goodbye,
             10 => ToAgent::Begin(decode_begin(&mut r)?),
@@ -587,6 +640,11 @@ impl ToEngine {
                         out.put_u64_le(*offset);
                     }
                     ReadOutcome::Failed => out.put_u8(2),
+                    ReadOutcome::Extents(found) => {
+                        out.put_u8(3);
+                        extents::put_extents(out, found);
+                    }
+                    ReadOutcome::Prefetched => out.put_u8(4),
                 }
             }
             ToEngine::Fetched(record) => {
@@ -618,19 +676,7 @@ impl ToEngine {
             6 => ToEngine::ReadDone {
                 id: r.u64("id")?,
                 applied: Seq(r.u64("applied")?),
-                outcome: match r.u8("outcome")? {
-                    0 => {
-                        let crc = r.u32("checksum")?;
-                        let data = bulk.take().unwrap_or_default();
-                        if crc32(&data) != crc {
-                            return Err(Malformed { field: "bytes of a read (checksum mismatch)" });
-                        }
-                        ReadOutcome::Data { data, crc }
-                    }
-                    1 => ReadOutcome::ChecksumMismatch { offset: r.u64("offset")? },
-                    2 => ReadOutcome::Failed,
-                    3..=u8::MAX => return Err(Malformed { field: "outcome" }),
-                },
+                outcome: decode_outcome(&mut r, &mut bulk)?,
             },
             7 => ToEngine::Fetched(decode_record(&mut r, &mut bulk)?),
             8 => ToEngine::FetchEnd { next: Seq(r.u64("next")?) },
@@ -657,6 +703,24 @@ impl ToEngine {
         finish(r, bulk)?;
         Ok(message)
     }
+}
+
+fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOutcome, Malformed> {
+    Ok(match r.u8("outcome")? {
+        0 => {
+            let crc = r.u32("checksum")?;
+            let data = bulk.take().unwrap_or_default();
+            if crc32(&data) != crc {
+                return Err(Malformed { field: "bytes of a read (checksum mismatch)" });
+            }
+            ReadOutcome::Data { data, crc }
+        }
+        1 => ReadOutcome::ChecksumMismatch { offset: r.u64("offset")? },
+        2 => ReadOutcome::Failed,
+        3 => ReadOutcome::Extents(extents::read_extents(r)?),
+        4 => ReadOutcome::Prefetched,
+        5..=u8::MAX => return Err(Malformed { field: "outcome" }),
+    })
 }
 
 fn decode_welcome(r: &mut Reader<'_>) -> Result<Welcome, Malformed> {

@@ -163,8 +163,9 @@ fn frame(number: u8, encode_body: impl FnOnce(&mut BytesMut) -> Bytes) -> Frame 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::extents::{Allocation, EXTENTS_MAX, Extent};
     use crate::message::{
-        Begin, Condition, Copy, Dirty, Hello, Promised, ReadOutcome, Refused, RefusedReason, Welcome,
+        Begin, Condition, Copy, Dirty, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome,
     };
     use crate::position::{Epoch, EpochHistory, Position, Seq};
     use crate::quorum::{AckPolicies, AckPolicy};
@@ -213,7 +214,9 @@ mod tests {
             ToAgent::Append(record()),
             ToAgent::Stable { seq: Seq(3) },
             ToAgent::Ping { token: 5 },
-            ToAgent::Read { id: 1, offset: 2, length: 3 },
+            ToAgent::Read { id: 1, what: ReadKind::Data, offset: 2, length: 3 },
+            ToAgent::Read { id: 1, what: ReadKind::Extents, offset: 2, length: 1 << 36 },
+            ToAgent::Read { id: 1, what: ReadKind::Prefetch, offset: 2, length: 3 },
             ToAgent::Fetch { from: Seq(1), to: Seq(2) },
             ToAgent::Goodbye,
             ToAgent::Begin(begin),
@@ -269,6 +272,8 @@ mod tests {
             read(ReadOutcome::Data { crc: crate::checksum::crc32(&data), data }),
             read(ReadOutcome::ChecksumMismatch { offset: 4096 }),
             read(ReadOutcome::Failed),
+            read(ReadOutcome::Extents(vec![Extent { length: 4096, allocation: Allocation::Zeroes }; EXTENTS_MAX])),
+            read(ReadOutcome::Prefetched),
             ToEngine::Fetched(record()),
             ToEngine::FetchEnd { next: Seq(2) },
             ToEngine::Condition(Condition::Healthy),
