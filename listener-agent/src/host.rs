@@ -358,7 +358,7 @@ fn serve_reads(shared: &Shared) {
     while let Some(work) = shared.next_job(&shared.read_work, take) {
         match work {
             ReadWork::Image(job) => {
-                let outcome = shared.image.read(job.range);
+                let outcome = shared.image.read(job.what, job.range);
                 if let ReadOutcome::ChecksumMismatch { offset } = &outcome {
                     error!("{}: the block at byte {offset} does not match its checksum", shared.label);
                 }

@@ -13,13 +13,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use protocol::checksum::{crc32, stored_block_checksum};
-use protocol::message::{Copy, ReadOutcome};
+use protocol::extents::Extent;
+use protocol::message::{Copy, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Record, RecordKind};
 
 use crate::disk::{RawFile, ReplicaFiles};
+use crate::extents::{Budget, Survey};
 
-const CHECKSUM_BYTES: u64 = 4;
+/// Bytes of a stored checksum.
+pub(crate) const CHECKSUM_BYTES: u64 = 4;
 const BLOCK: usize = BLOCK_BYTES as usize;
 
 /// Bytes of the checksum file of a volume of `size_bytes`.
@@ -208,17 +211,30 @@ impl Image {
         Ok(index.map(|i| ByteRange { offset: range.offset + i as u64 * BLOCK_BYTES, length: BLOCK_BYTES }))
     }
 
-    /// Reads and verifies a range.
+    /// Tells of a range what is asked: its bytes, verified, or how it is kept; or has it read ahead, if the system does.
     #[must_use]
-    pub fn read(&self, range: ByteRange) -> ReadOutcome {
-        match self.read_verified(range) {
-            Ok(Ok(data)) => {
-                let crc = crc32(&data);
-                ReadOutcome::Data { data, crc }
+    pub fn read(&self, what: ReadKind, range: ByteRange) -> ReadOutcome {
+        match what {
+            ReadKind::Data => match self.read_verified(range) {
+                Ok(Ok(data)) => {
+                    let crc = crc32(&data);
+                    ReadOutcome::Data { data, crc }
+                }
+                Ok(Err(offset)) => ReadOutcome::ChecksumMismatch { offset },
+                Err(_) => ReadOutcome::Failed,
+            },
+            ReadKind::Extents => self.extents(range).map_or(ReadOutcome::Failed, ReadOutcome::Extents),
+            ReadKind::Prefetch => {
+                self.image.read_ahead(range);
+                ReadOutcome::Prefetched
             }
-            Ok(Err(offset)) => ReadOutcome::ChecksumMismatch { offset },
-            Err(_) => ReadOutcome::Failed,
         }
+    }
+
+    /// How a range is kept, from its first byte on: at least one extent, which may all end before the range does. Nothing
+    /// is called zero that [`Image::read_verified`] would not read as zeroes.
+    pub fn extents(&self, range: ByteRange) -> io::Result<Vec<Extent>> {
+        Survey { image: &*self.image, checksums: &*self.checksums, budget: Budget::ANSWER }.of(range)
     }
 
     /// The bytes of a range, or the offset of the first block that does not match its checksum.
@@ -331,11 +347,11 @@ mod tests {
         f.image.apply(&write(0, &[1; 8192]), Trust::Verified).unwrap();
         f.image.image.write_at(5000, &[9]).unwrap();
         let all = ByteRange { offset: 0, length: 8192 };
-        assert_eq!(f.image.read(all), ReadOutcome::ChecksumMismatch { offset: 4096 });
+        assert_eq!(f.image.read(ReadKind::Data, all), ReadOutcome::ChecksumMismatch { offset: 4096 });
         f.image.apply(&write(4096, &[2; 512]), Trust::Verified).unwrap();
-        assert_eq!(f.image.read(all), ReadOutcome::ChecksumMismatch { offset: 4096 });
+        assert_eq!(f.image.read(ReadKind::Data, all), ReadOutcome::ChecksumMismatch { offset: 4096 });
         f.image.apply(&write(4096, &[2; 4096]), Trust::Verified).unwrap();
-        assert!(matches!(f.image.read(all), ReadOutcome::Data { .. }));
+        assert!(matches!(f.image.read(ReadKind::Data, all), ReadOutcome::Data { .. }));
     }
 
     #[test]
@@ -349,9 +365,9 @@ mod tests {
             for record in &partial {
                 f.image.apply(record, trust).unwrap();
             }
-            assert_eq!(f.image.read(all), ReadOutcome::ChecksumMismatch { offset: 4096 }, "{trust:?}");
+            assert_eq!(f.image.read(ReadKind::Data, all), ReadOutcome::ChecksumMismatch { offset: 4096 }, "{trust:?}");
         }
         f.image.apply(&write(4096, &[2; 4096]), Trust::InDoubt).unwrap();
-        assert!(matches!(f.image.read(all), ReadOutcome::Data { .. }));
+        assert!(matches!(f.image.read(ReadKind::Data, all), ReadOutcome::Data { .. }));
     }
 }

@@ -11,6 +11,7 @@ pub mod console;
 pub mod directory;
 pub mod dirty_file;
 pub mod disk;
+mod extents;
 pub mod host;
 pub mod image;
 pub mod inspect;

@@ -4,14 +4,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use bytes::Bytes;
+use protocol::extents;
 use protocol::ranges::ByteRange;
 
 use super::latency::{Latency, Percentiles};
 use super::volume_task::VolumeTask;
 use crate::nbd::access::AccessRules;
 use crate::nbd::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request as NbdRequest, Stale};
-use crate::volume::{Failure, Request, Zeroing};
+use crate::volume::{self, Failure, Request, Zeroing};
 
 /// A client's request.
 pub(super) struct Token {
@@ -21,12 +21,17 @@ pub(super) struct Token {
     length: u64,
 }
 
-/// What its latency is counted as.
+/// What its latency is counted as, and what else its answer depends on.
 #[derive(Clone, Copy)]
 enum Kind {
     Read,
     Change,
     Flush,
+    Status {
+        /// The first extent is enough.
+        one: bool,
+    },
+    Prefetch,
 }
 
 /// What is measured of requests that were answered well.
@@ -76,25 +81,40 @@ impl Figures {
     }
 
     /// Answers a request, and measures it.
-    pub(super) fn answer(&self, token: Token, outcome: Result<Bytes, Failure>) {
+    pub(super) fn answer(&self, token: Token, outcome: Result<volume::Answer, Failure>) {
         if outcome.is_ok() {
             match token.kind {
                 Kind::Read => self.reads.record(&token),
                 Kind::Change => self.changes.record(&token),
-                Kind::Flush => {}
+                Kind::Flush | Kind::Status { .. } | Kind::Prefetch => {}
             }
         }
         let kind = token.kind;
-        let answer = |data| match kind {
-            Kind::Read => Answer::Data(data),
-            Kind::Change | Kind::Flush => Answer::Done,
-        };
-        token.completion.complete(outcome.map(answer).map_err(|failure| match failure {
-            Failure::Io => IoError::Io,
-            Failure::NoSpace => IoError::NoSpace,
-            Failure::Shutdown => IoError::Shutdown,
-        }));
+        token.completion.complete(match (kind, outcome) {
+            (_, Ok(volume::Answer::Done)) => Ok(Answer::Done),
+            (_, Ok(volume::Answer::Data(data))) => Ok(Answer::Data(data)),
+            (_, Ok(volume::Answer::Extents(found))) => Ok(Answer::Extents(shown(&found, kind))),
+            // A hint that nobody could take is lost, and no error.
+            (Kind::Prefetch, Err(Failure::Io | Failure::NoSpace)) => Ok(Answer::Done),
+            (_, Err(Failure::Io)) => Err(IoError::Io),
+            (_, Err(Failure::NoSpace)) => Err(IoError::NoSpace),
+            (_, Err(Failure::Shutdown)) => Err(IoError::Shutdown),
+        });
     }
+}
+
+/// Extents in the words of the front.
+fn shown(found: &[extents::Extent], kind: Kind) -> Vec<Extent> {
+    let count = if matches!(kind, Kind::Status { one: true }) { 1 } else { found.len() };
+    let shown = |extent: &extents::Extent| Extent {
+        length: extent.length,
+        allocation: match extent.allocation {
+            extents::Allocation::Data => Allocation::Data,
+            extents::Allocation::Zeroes => Allocation::Zeroes,
+            extents::Allocation::Hole => Allocation::Hole,
+        },
+    };
+    found.iter().take(count).map(shown).collect()
 }
 
 impl Backend for VolumeTask {
@@ -121,21 +141,16 @@ impl Backend for VolumeTask {
             // They carry nothing.
             NbdRequest::Trim { .. } | NbdRequest::WriteZeroes { .. } => (Kind::Change, 0),
             NbdRequest::Flush => (Kind::Flush, 0),
-            NbdRequest::BlockStatus { length, .. } => {
-                let all = Extent { length: *length, allocation: Allocation::Data };
-                completion.complete(Ok(Answer::Extents(vec![all])));
-                return Ok(());
-            }
-            NbdRequest::Cache { .. } => {
-                completion.complete(Ok(Answer::Done));
-                return Ok(());
-            }
+            NbdRequest::BlockStatus { one, .. } => (Kind::Status { one: *one }, 0),
+            NbdRequest::Cache { .. } => (Kind::Prefetch, 0),
         };
         let token = Token { completion, begun: Instant::now(), kind, length };
         let request = match request {
             NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
             NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
-            NbdRequest::Flush | NbdRequest::BlockStatus { .. } | NbdRequest::Cache { .. } => Request::Flush,
+            NbdRequest::Flush => Request::Flush,
+            NbdRequest::BlockStatus { offset, length, .. } => Request::Status(ByteRange { offset, length }),
+            NbdRequest::Cache { offset, length } => Request::Prefetch(ByteRange { offset, length }),
             NbdRequest::Trim { offset, length, fua } => {
                 Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
             }

@@ -3,20 +3,22 @@
 //! A member answers a read as of its place in the order of messages, so any member's answer is fresh. An answer may show
 //! records that were applied meanwhile; if more than one member must hold a record before it is acknowledged, the answer
 //! waits until all that it may show is (otherwise a later engine could take back what a client has read).
+//!
+//! A status goes the same way, as a client that is told of zeroes does not read them. A prefetch does too, but shows
+//! nothing.
 
-use bytes::Bytes;
-use protocol::message::ReadOutcome;
+use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
-use protocol::{RECORD_PAYLOAD_BYTES_MAX, Seq, ToAgent, View};
+use protocol::{Seq, ToAgent, View};
 
 use super::membership::Membership;
 use super::peer::READS_OUTSTANDING_MAX;
 use super::reads::Held;
-use super::{Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
+use super::{Answer, Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
 
 impl<T> Volume<T> {
-    pub(super) fn begin_read(&mut self, now: Time, token: T, range: ByteRange) {
-        for piece in self.reads.begin(token, range, u64::from(RECORD_PAYLOAD_BYTES_MAX), now) {
+    pub(super) fn begin_read(&mut self, now: Time, token: T, what: ReadKind, range: ByteRange) {
+        for piece in self.reads.begin(token, what, range, now) {
             self.ask(now, piece);
         }
     }
@@ -54,10 +56,10 @@ impl<T> Volume<T> {
             at.asked.push(id);
             at.outstanding += 1;
             at.asked_at = now;
-            let (offset, length) = (at.range.offset, at.range.length as u32);
+            let (what, ByteRange { offset, length }) = (at.what, at.range);
             let peer = &mut self.peers[id];
             peer.reads.insert(piece);
-            peer.push_after(last, ToAgent::Read { id: piece, offset, length });
+            peer.push_after(last, ToAgent::Read { id: piece, what, offset, length });
         }
     }
 
@@ -67,17 +69,21 @@ impl<T> Volume<T> {
         }
         let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
         piece.outstanding -= 1;
-        let (range, asked_at) = (piece.range, piece.asked_at);
-        match outcome {
-            ReadOutcome::Data { data, .. } if data.len() as u64 == range.length => {
-                self.reads.note_latency(now.saturating_sub(asked_at));
-                self.note_client(asked_at, now);
-                let until = self.must_be_committed(range, applied);
-                self.answer_or_hold(now, Held { piece: id, data, until });
+        let (what, range, asked_at) = (piece.what, piece.range, piece.asked_at);
+        match piece.judge(outcome) {
+            Ok(answer) => {
+                let until = match what {
+                    ReadKind::Data => {
+                        self.reads.note_latency(now.saturating_sub(asked_at));
+                        self.note_client(asked_at, now);
+                        self.must_be_committed(range, applied)
+                    }
+                    ReadKind::Extents => self.must_be_committed(range, applied),
+                    ReadKind::Prefetch => Seq(0),
+                };
+                self.answer_or_hold(now, Held { piece: id, answer, until });
             }
-            ReadOutcome::Data { .. } => self.read_failed(now, peer, id, None),
-            ReadOutcome::ChecksumMismatch { offset } => self.read_failed(now, peer, id, Some(offset)),
-            ReadOutcome::Failed => self.read_failed(now, peer, id, None),
+            Err(offset) => self.read_failed(now, peer, id, offset),
         }
     }
 
@@ -108,7 +114,7 @@ impl<T> Volume<T> {
 
     fn answer_or_hold(&mut self, now: Time, held: Held) {
         if self.may_answer(now, held.until) {
-            self.answer(held.piece, held.data);
+            self.answer(held.piece, held.answer);
         } else {
             self.reads.held.push(held);
         }
@@ -134,9 +140,9 @@ impl<T> Volume<T> {
         holds(in_force) && pending.as_ref().is_none_or(|pending| holds(&pending.view))
     }
 
-    fn answer(&mut self, piece: u64, data: Bytes) {
-        if let Some((token, data)) = self.reads.finish_piece(piece, data) {
-            self.complete(token, Ok(data));
+    fn answer(&mut self, piece: u64, answer: Answer) {
+        if let Some((token, answer)) = self.reads.finish_piece(piece, answer) {
+            self.complete(token, Ok(answer));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use protocol::extents::Extent;
 use protocol::message::EngineId;
 use protocol::ranges::ByteRange;
 use protocol::{AckPolicy, Epoch, ReplicaName};
@@ -60,6 +61,10 @@ pub enum ReadSpread {
 pub enum Request {
     /// Bytes.
     Read(ByteRange),
+    /// How the range is kept, as fresh as a read of it would be.
+    Status(ByteRange),
+    /// The range will be read soon.
+    Prefetch(ByteRange),
     /// Puts bytes.
     Write {
         /// Where.
@@ -93,6 +98,18 @@ pub enum Zeroing {
     ZeroKeepAllocated,
 }
 
+/// What a request came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done; for everything but reads and statuses.
+    Done,
+    /// For a read: exactly the bytes it asked for.
+    Data(Bytes),
+    /// For a status: at least one extent, none empty, which follow each other from the first byte asked for. They may all
+    /// end before the range does, never behind it.
+    Extents(Vec<Extent>),
+}
+
 /// Why a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -108,7 +125,7 @@ pub enum Failure {
 #[derive(Debug)]
 pub enum Event<T> {
     /// A request ends.
-    Completed(T, Result<Bytes, Failure>),
+    Completed(T, Result<Answer, Failure>),
     /// The volume serves from here on.
     Serving,
     /// Activation was refused; the volume is dead.

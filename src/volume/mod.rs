@@ -37,7 +37,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::message::{Condition, Hello, RefusedReason};
+use protocol::message::{Condition, Hello, ReadKind, RefusedReason};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::{
@@ -49,7 +49,7 @@ use acks::Acks;
 use activation::Activation;
 use command::Resizing;
 pub use command::{Command, CommandRefusal};
-pub use interface::{Event, Failure, ReadSpread, Request, VolumeSettings, Zeroing};
+pub use interface::{Answer, Event, Failure, ReadSpread, Request, VolumeSettings, Zeroing};
 use log::Log;
 use membership::Membership;
 pub use notice::{DropReason, Notice, Severity};
@@ -213,7 +213,7 @@ impl<T> Volume<T> {
         self.events.push_back(Event::Notice(notice));
     }
 
-    fn complete(&mut self, token: T, outcome: Result<Bytes, Failure>) {
+    fn complete(&mut self, token: T, outcome: Result<Answer, Failure>) {
         self.events.push_back(Event::Completed(token, outcome));
     }
 
@@ -377,8 +377,10 @@ impl<T> Volume<T> {
         match request {
             Request::Read(range) => {
                 self.counts.reads += 1;
-                self.begin_read(now, token, range);
+                self.begin_read(now, token, ReadKind::Data, range);
             }
+            Request::Status(range) => self.begin_read(now, token, ReadKind::Extents, range),
+            Request::Prefetch(range) => self.begin_read(now, token, ReadKind::Prefetch, range),
             Request::Flush => match &self.log {
                 Some(log) => {
                     let last = log.last();
@@ -415,7 +417,12 @@ impl<T> Volume<T> {
                 Request::Write { fua: false, .. } | Request::Zero { fua: false, .. } => {
                     self.write_acks.push(last, token, queued_at);
                 }
-                Request::Write { .. } | Request::Zero { .. } | Request::Flush | Request::Read(_) => {
+                Request::Write { .. }
+                | Request::Zero { .. }
+                | Request::Flush
+                | Request::Read(_)
+                | Request::Status(_)
+                | Request::Prefetch(_) => {
                     self.flush_acks.push(last, token, queued_at);
                 }
             }
@@ -432,7 +439,7 @@ impl<T> Volume<T> {
             Request::Zero { range, how: Zeroing::Zero | Zeroing::ZeroKeepAllocated, .. } => {
                 (*range, RecordKind::WriteZeroes)
             }
-            Request::Read(_) | Request::Flush => return true,
+            Request::Read(_) | Request::Status(_) | Request::Prefetch(_) | Request::Flush => return true,
         };
         let no_hole = matches!(change.request, Request::Zero { how: Zeroing::ZeroKeepAllocated, .. });
         while change.given_out < range.length {
@@ -460,7 +467,11 @@ impl<T> Volume<T> {
                 Request::Write { data, .. } => {
                     data.slice(change.given_out as usize..(change.given_out + step) as usize)
                 }
-                Request::Zero { .. } | Request::Read(_) | Request::Flush => Bytes::new(),
+                Request::Zero { .. }
+                | Request::Read(_)
+                | Request::Status(_)
+                | Request::Prefetch(_)
+                | Request::Flush => Bytes::new(),
             };
             self.append(now, kind, piece, no_hole, payload);
             change.given_out += step;
@@ -526,12 +537,12 @@ impl<T> Volume<T> {
         let committed = self.committed(self.settings.ack_write);
         while let Some((token, asked_at)) = self.write_acks.pop_committed(committed) {
             self.note_client(asked_at, now);
-            self.complete(token, Ok(Bytes::new()));
+            self.complete(token, Ok(Answer::Done));
         }
         let committed = self.committed(self.settings.ack_flush);
         while let Some((token, asked_at)) = self.flush_acks.pop_committed(committed) {
             self.note_client(asked_at, now);
-            self.complete(token, Ok(Bytes::new()));
+            self.complete(token, Ok(Answer::Done));
         }
     }
 

@@ -1,14 +1,16 @@
-//! Reads under way: cut into pieces that a frame can carry, each asked of one member or several, the first valid answer
-//! taken.
+//! Reads under way, and statuses and prefetches, which go the same way: cut into pieces that a frame can carry, each asked
+//! of one member or several, the first valid answer taken.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use protocol::Seq;
+use protocol::extents;
+use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 
-use super::{PeerId, Time};
+use super::{Answer, PeerId, Time};
 
 /// A hedge is sent no sooner than this after the first question: below it a second question costs more than it saves.
 const HEDGE_MIN: Duration = Duration::from_millis(5);
@@ -19,6 +21,7 @@ const HEDGE_MAX: Duration = Duration::from_secs(1);
 pub(super) struct Piece {
     pub(super) read: u64,
     pub(super) index: usize,
+    pub(super) what: ReadKind,
     pub(super) range: ByteRange,
     /// Members asked, whether they answered or not.
     pub(super) asked: Vec<PeerId>,
@@ -29,19 +32,42 @@ pub(super) struct Piece {
     pub(super) failed: Vec<PeerId>,
 }
 
+impl Piece {
+    /// What a member's answer says of the range, or how it failed: the offset of a bad block, if it is that.
+    pub(super) fn judge(&self, outcome: ReadOutcome) -> Result<Answer, Option<u64>> {
+        match (self.what, outcome) {
+            (ReadKind::Data, ReadOutcome::Data { data, .. }) if data.len() as u64 == self.range.length => {
+                Ok(Answer::Data(data))
+            }
+            (ReadKind::Extents, ReadOutcome::Extents(found)) if extents::are_sound(&found, self.range.length) => {
+                Ok(Answer::Extents(found))
+            }
+            (ReadKind::Prefetch, ReadOutcome::Prefetched) => Ok(Answer::Done),
+            (ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch, ReadOutcome::ChecksumMismatch { offset }) => {
+                Err(Some(offset))
+            }
+            (
+                ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch,
+                ReadOutcome::Data { .. } | ReadOutcome::Extents(_) | ReadOutcome::Prefetched | ReadOutcome::Failed,
+            ) => Err(None),
+        }
+    }
+}
+
 /// An answer that may not be given yet.
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) piece: u64,
-    pub(super) data: Bytes,
-    /// Until records up to here are acknowledged: they show in the data.
+    pub(super) answer: Answer,
+    /// Until records up to here are acknowledged: they show in the answer.
     pub(super) until: Seq,
 }
 
 #[derive(Debug)]
 struct ReadOp<T> {
     token: T,
-    parts: Vec<Option<Bytes>>,
+    /// The bytes of a read of several pieces, as far as they are there.
+    parts: Vec<Bytes>,
     missing: usize,
 }
 
@@ -67,8 +93,15 @@ impl<T> Reads<T> {
         self.next_id
     }
 
-    /// Begins a read; returns the ids of its pieces, of `piece_bytes` each.
-    pub(super) fn begin(&mut self, token: T, range: ByteRange, piece_bytes: u64, now: Time) -> Vec<u64> {
+    /// Begins a read; returns the ids of its pieces. What is not asked for its bytes is one piece: the beginning of a range
+    /// that is too long answers for the range.
+    pub(super) fn begin(&mut self, token: T, what: ReadKind, range: ByteRange, now: Time) -> Vec<u64> {
+        let piece_bytes = what.bytes_max();
+        let length = match what {
+            ReadKind::Data => range.length,
+            ReadKind::Extents | ReadKind::Prefetch => range.length.min(piece_bytes),
+        };
+        let range = ByteRange { length, ..range };
         let read = self.id();
         let mut pieces = Vec::new();
         let mut offset = range.offset;
@@ -79,6 +112,7 @@ impl<T> Reads<T> {
             let piece = Piece {
                 read,
                 index: pieces.len(),
+                what,
                 range,
                 asked: vec![],
                 outstanding: 0,
@@ -89,30 +123,31 @@ impl<T> Reads<T> {
             pieces.push(id);
             offset += length;
         }
-        let parts = vec![None; pieces.len()];
+        let parts = vec![Bytes::new(); pieces.len()];
         self.ops.insert(read, ReadOp { token, missing: parts.len(), parts });
         pieces
     }
 
-    /// Ends a piece with its data; returns the request if that was its last.
-    pub(super) fn finish_piece(&mut self, piece: u64, data: Bytes) -> Option<(T, Bytes)> {
+    /// Ends a piece with its answer; returns the request if that was its last.
+    pub(super) fn finish_piece(&mut self, piece: u64, answer: Answer) -> Option<(T, Answer)> {
         let piece = self.pieces.remove(&piece)?;
         let op = self.ops.get_mut(&piece.read)?;
-        op.parts[piece.index] = Some(data);
         op.missing -= 1;
+        match answer {
+            Answer::Data(data) if op.parts.len() > 1 => op.parts[piece.index] = data,
+            Answer::Data(_) | Answer::Extents(_) | Answer::Done => {
+                return self.ops.remove(&piece.read).map(|op| (op.token, answer));
+            }
+        }
         if op.missing > 0 {
             return None;
         }
         let op = self.ops.remove(&piece.read)?;
-        let mut parts: Vec<Bytes> = op.parts.into_iter().flatten().collect();
-        if parts.len() == 1 {
-            return parts.pop().map(|data| (op.token, data));
-        }
-        let mut whole = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
-        for part in parts {
+        let mut whole = BytesMut::with_capacity(op.parts.iter().map(Bytes::len).sum());
+        for part in op.parts {
             whole.extend_from_slice(&part);
         }
-        Some((op.token, whole.freeze()))
+        Some((op.token, Answer::Data(whole.freeze())))
     }
 
     /// Ends the whole read of a piece without data.

@@ -2,11 +2,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Mutex;
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
+use protocol::ranges::ByteRange;
+use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fdatasync, seek};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 
 use super::RawFile;
@@ -141,6 +143,23 @@ impl RawFile for SystemFile {
             return Err(io::Error::new(io::ErrorKind::StorageFull, text));
         }
         self.buffered.set_len(length)
+    }
+
+    fn allocated_in(&self, range: ByteRange) -> io::Result<Option<ByteRange>> {
+        // The place in the file is moved, which nobody goes by.
+        let start = match seek(&self.buffered, SeekFrom::Data(range.offset)) {
+            Ok(start) if start < range.end() => start,
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(range)),
+            Err(e) => return Err(e.into()),
+        };
+        let end = seek(&self.buffered, SeekFrom::Hole(start))?.clamp(start + 1, range.end());
+        Ok(Some(ByteRange { offset: start, length: end - start }))
+    }
+
+    fn read_ahead(&self, range: ByteRange) {
+        // Whatever comes of it, the bytes can be read later.
+        let _ = fadvise(&self.buffered, range.offset, NonZeroU64::new(range.length), Advice::WillNeed);
     }
 
     fn length(&self) -> io::Result<u64> {

@@ -7,6 +7,8 @@ pub mod file;
 use std::io;
 use std::sync::Arc;
 
+use protocol::ranges::ByteRange;
+
 /// A file or block device. All offsets and lengths are bytes.
 ///
 /// **Invariant:** what [`RawFile::write_at`] wrote may be lost or torn by a power cut until [`RawFile::sync`] returned;
@@ -26,6 +28,11 @@ pub trait RawFile: Send + Sync {
     /// Makes it at least this long, never shorter; what is new reads as zeroes. Durable after [`RawFile::sync`]. A device
     /// that is too short is [`io::ErrorKind::StorageFull`].
     fn grow(&self, length: u64) -> io::Result<()>;
+    /// The first part of `range` that takes space, up to the next hole or the end of `range`; `None` if there is none. What
+    /// lies before it takes none and reads as zeroes. Where that cannot be told, everything takes space.
+    fn allocated_in(&self, range: ByteRange) -> io::Result<Option<ByteRange>>;
+    /// The range will be read soon: a hint, which may be lost.
+    fn read_ahead(&self, range: ByteRange);
     /// The size.
     fn length(&self) -> io::Result<u64>;
 }

@@ -36,11 +36,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use protocol::cursor::Malformed;
-use protocol::message::{Condition, EngineId, Promised, ReadOutcome, Refused, RefusedReason, Welcome};
+use protocol::message::{Condition, EngineId, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::{DirtyChange, Resize, ViewChange};
-use protocol::{Epoch, Position, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
+use protocol::{Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
 use crate::image::is_size_allowed;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
@@ -343,7 +343,9 @@ impl Replica {
                 self.leases.confirm(now);
                 self.outbox.push_back((session, ToEngine::Pong { token }));
             }
-            ToAgent::Read { id, offset, length } => self.on_read(session, id, offset, length),
+            ToAgent::Read { id, what, offset, length } => {
+                self.on_read(session, id, what, ByteRange { offset, length });
+            }
             ToAgent::Fetch { from, to } => {
                 let segments = self.ring.segments_of(from, to.min(self.durable.seq), FETCH_BYTES_MAX);
                 self.fetches.push_back(FetchJob {
@@ -555,15 +557,17 @@ impl Replica {
 
     // ---- reads -------------------------------------------------------------------------------------------------
 
-    fn on_read(&mut self, session: SessionId, id: u64, offset: u64, length: u32) {
-        let range = ByteRange { offset, length: length.into() };
-        let sound = length > 0
-            && length <= RECORD_PAYLOAD_BYTES_MAX
-            && offset.checked_add(length.into()).is_some_and(|end| end <= self.received_size);
+    fn on_read(&mut self, session: SessionId, id: u64, what: ReadKind, range: ByteRange) {
+        let ByteRange { offset, length } = range;
+        let sound = (1..=what.bytes_max()).contains(&length)
+            && offset.checked_add(length).is_some_and(|end| end <= self.received_size);
         if !sound || self.reads.len() >= READS_MAX {
             return self.refuse_protocol(session, &format!("read of {offset}+{length} cannot be taken"));
         }
-        let job = ReadJob { session, id, range };
+        let job = ReadJob { session, id, what, range };
+        if !job.looks() {
+            return self.reads.make_ready(job);
+        }
         let grows = range.end() > self.applied_size;
         let concerns = |r: &&Record| r.header.range().shares_block(range) || (grows && new_size(r).is_some());
         let record = self.pending.iter().rev().find(concerns).map(|r| Place { seq: r.seq(), copy: 0 });

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use protocol::Seq;
+use protocol::message::ReadKind;
 use protocol::ranges::ByteRange;
 
 use super::SessionId;
@@ -14,8 +15,22 @@ pub struct ReadJob {
     pub session: SessionId,
     /// The engine's name for it.
     pub id: u64,
-    /// What to read.
+    /// What is wanted of the range.
+    pub what: ReadKind,
+    /// Which part of the volume.
     pub range: ByteRange,
+}
+
+impl ReadJob {
+    /// Whether its answer shows anything of the image: then no record that shares a block with it may be applied
+    /// meanwhile, and records before it must be.
+    #[must_use]
+    pub fn looks(&self) -> bool {
+        match self.what {
+            ReadKind::Data | ReadKind::Extents => true,
+            ReadKind::Prefetch => false,
+        }
+    }
 }
 
 /// A place among all changes of the image: after a record, and after so many copies.
@@ -79,7 +94,7 @@ impl ReadQueue {
 
     /// Whether a read at work touches a block of `range`, or one that may begin at any moment.
     pub(super) fn blocks(&self, range: ByteRange) -> bool {
-        self.active.iter().chain(&self.ready).any(|a| a.range.shares_block(range))
+        self.active.iter().chain(&self.ready).any(|a| a.looks() && a.range.shares_block(range))
     }
 
     /// Forgets what other sessions asked for and what is not at work yet.

@@ -1,7 +1,7 @@
 //! The replica's rules, one story each.
 
 use bytes::Bytes;
-use protocol::message::{Condition, Promised, ReadOutcome};
+use protocol::message::{Condition, Promised, ReadKind, ReadOutcome};
 use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
 
 use super::*;
@@ -179,8 +179,8 @@ fn nothing_is_acknowledged_or_applied_before_it_is_durable() {
 fn a_read_waits_for_the_record_that_it_must_see_and_no_other() {
     let mut r = promised();
     append(&mut r, 1, 0);
-    r.handle(NOW, 1, ToAgent::Read { id: 7, offset: 512, length: 512 });
-    r.handle(NOW, 1, ToAgent::Read { id: 8, offset: 2 * BLOCK, length: 512 });
+    r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Data, offset: 512, length: 512 });
+    r.handle(NOW, 1, ToAgent::Read { id: 8, what: ReadKind::Data, offset: 2 * BLOCK, length: 512 });
     assert_eq!(r.next_read().unwrap().id, 8);
     assert!(r.next_read().is_none());
     write_group(&mut r);
@@ -191,7 +191,7 @@ fn a_read_waits_for_the_record_that_it_must_see_and_no_other() {
 #[test]
 fn a_record_waits_for_the_read_of_its_block_at_work_or_about_to_begin() {
     let mut r = promised();
-    r.handle(NOW, 1, ToAgent::Read { id: 7, offset: 512, length: 512 });
+    r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Data, offset: 512, length: 512 });
     append(&mut r, 1, 0);
     write_group(&mut r);
     said(&mut r);

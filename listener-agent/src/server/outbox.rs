@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
 use protocol::ToEngine;
+use protocol::message::ReadOutcome;
 use protocol::ranges::ByteRange;
 use tokio::sync::Notify;
 
@@ -26,7 +27,8 @@ struct Waiting {
 
 fn bulk_bytes(message: &ToEngine) -> usize {
     match message {
-        ToEngine::ReadDone { outcome: protocol::message::ReadOutcome::Data { data, .. }, .. } => data.len() + 64,
+        ToEngine::ReadDone { outcome: ReadOutcome::Data { data, .. }, .. } => data.len() + 64,
+        ToEngine::ReadDone { outcome: ReadOutcome::Extents(extents), .. } => size_of_val(&extents[..]) + 64,
         ToEngine::Fetched(record) => record.payload.len() + 64,
         ToEngine::Dirty(dirty) => dirty.ranges.len() * size_of::<ByteRange>() + 64,
         ToEngine::ReadDone { .. }

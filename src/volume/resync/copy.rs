@@ -2,7 +2,7 @@
 //! note of how far it is.
 
 use bytes::Bytes;
-use protocol::message::{Copy, Dirty, ReadOutcome};
+use protocol::message::{Copy, Dirty, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::record::DirtyStep;
 use protocol::{Seq, ToAgent};
@@ -128,7 +128,7 @@ impl<T> Volume<T> {
             let id = self.reads.id();
             copying.asked(offset, id, now);
             self.peers[source].reads.insert(id);
-            let read = ToAgent::Read { id, offset, length: range.length as u32 };
+            let read = ToAgent::Read { id, what: ReadKind::Data, offset, length: range.length };
             self.peers[source].push_after(last, read);
         }
     }
@@ -140,7 +140,10 @@ impl<T> Volume<T> {
         let Some(copying) = resync.copying() else { return false };
         let data = match outcome {
             ReadOutcome::Data { data, .. } => data,
-            ReadOutcome::ChecksumMismatch { .. } | ReadOutcome::Failed => {
+            ReadOutcome::Extents(_)
+            | ReadOutcome::Prefetched
+            | ReadOutcome::ChecksumMismatch { .. }
+            | ReadOutcome::Failed => {
                 let Some(failed) = copying.read_failed(id, peer) else { return false };
                 self.chunk_failed(now, peer, outcome, failed);
                 return true;
@@ -165,7 +168,7 @@ impl<T> Volume<T> {
     fn chunk_failed(&mut self, now: Time, peer: PeerId, outcome: &ReadOutcome, failed: usize) {
         let offset = match outcome {
             ReadOutcome::ChecksumMismatch { offset } => Some(*offset),
-            ReadOutcome::Data { .. } | ReadOutcome::Failed => None,
+            ReadOutcome::Data { .. } | ReadOutcome::Extents(_) | ReadOutcome::Prefetched | ReadOutcome::Failed => None,
         };
         self.note_read_failed(peer, offset);
         if failed >= self.sources().len() {

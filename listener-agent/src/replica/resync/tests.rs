@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use protocol::message::{Begin, Condition, Copy, ReadOutcome};
+use protocol::message::{Begin, Condition, Copy, ReadKind, ReadOutcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::{ByteRange, DIRTY_UNIT_BYTES};
 use protocol::record::{DirtyChange, DirtyStep, Resize, ViewChange};
@@ -187,9 +187,9 @@ fn copies_are_applied_between_the_records_around_them() {
 #[test]
 fn a_read_sees_the_copy_before_it_and_a_copy_waits_for_the_read_of_its_block() {
     let mut r = following();
-    say(&mut r, ToAgent::Read { id: 7, offset: 0, length: 512 });
+    say(&mut r, ToAgent::Read { id: 7, what: ReadKind::Data, offset: 0, length: 512 });
     say(&mut r, copy_message(1, 0, 1));
-    say(&mut r, ToAgent::Read { id: 8, offset: 512, length: 512 });
+    say(&mut r, ToAgent::Read { id: 8, what: ReadKind::Data, offset: 512, length: 512 });
     let first = r.next_read().unwrap();
     assert_eq!(first.id, 7);
     assert!(r.next_read().is_none() && r.next_apply(NOW).is_none());
@@ -346,7 +346,7 @@ fn a_volume_grows_for_the_records_behind_the_resize_and_never_shrinks() {
     let mut r = promised();
     let resize = |seq, size_bytes| record(seq, RecordKind::Resize, Resize { size_bytes }.encode());
     say(&mut r, resize(1, 2 * SIZE));
-    say(&mut r, ToAgent::Read { id: 7, offset: SIZE, length: 512 });
+    say(&mut r, ToAgent::Read { id: 7, what: ReadKind::Data, offset: SIZE, length: 512 });
     append(&mut r, 2, 2 * SIZE - BLOCK);
     write_group(&mut r);
     assert_eq!(r.size_bytes(), 2 * SIZE);
