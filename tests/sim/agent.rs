@@ -103,6 +103,9 @@ impl Process {
     fn check_no_conflict(&self) {
         for read in self.jobs.values() {
             let Job::Read(read) = read else { continue };
+            if !read.looks() {
+                continue;
+            }
             for job in self.jobs.values() {
                 let Job::Apply(apply) = job else { continue };
                 let clash = apply.changes.ranges().into_iter().find(|r| r.shares_block(read.range));
@@ -294,7 +297,7 @@ impl World {
                 process.replica.metadata_done(now, &job, outcome.map_err(|e| e.error));
             }
             Job::Read(job) => {
-                let outcome = process.image.read(job.range);
+                let outcome = process.image.read(job.what, job.range);
                 // After a failed sync blocks may be anything; nobody is answered any more. So may blocks that are still to
                 // be copied: no journal repairs what a crash left of an earlier copy.
                 if let ReadOutcome::ChecksumMismatch { offset } = outcome

@@ -1,7 +1,6 @@
 //! The clients of engines: what they ask for, and what is true of an answer when it comes.
 
-use bytes::Bytes;
-use nbdcast::volume::{Failure, Request, Zeroing};
+use nbdcast::volume::{Answer, Failure, Request, Zeroing};
 use protocol::Seq;
 use protocol::ranges::ByteRange;
 
@@ -16,6 +15,8 @@ pub enum Asked {
     Read,
     Write,
     Flush,
+    Status,
+    Prefetch,
 }
 
 /// A request under way.
@@ -27,7 +28,7 @@ pub struct Waiting {
 }
 
 impl World {
-    pub fn completed(&mut self, engine: usize, token: Token, outcome: Result<Bytes, Failure>) {
+    pub fn completed(&mut self, engine: usize, token: Token, outcome: Result<Answer, Failure>) {
         let Some(Waiting { asked, flushes }) = self.engines[engine].outstanding.remove(&token) else { return };
         self.trace(|| match &outcome {
             Ok(_) => format!("e{engine} {asked:?} {token} is answered"),
@@ -37,10 +38,13 @@ impl World {
             self.check_flushed(engine, token, seq);
         }
         match (asked, &outcome) {
-            (Asked::Read, Ok(data)) => self.oracle.answer_read(token, data),
-            (Asked::Read, Err(_)) => self.oracle.fail_read(token),
-            (Asked::Write, Ok(_)) => self.oracle.acknowledge_write(token),
-            (Asked::Write, Err(_)) | (Asked::Flush, _) => {}
+            (Asked::Read, Ok(Answer::Data(data))) => self.oracle.answer_read(token, data),
+            (Asked::Status, Ok(Answer::Extents(found))) => self.oracle.answer_status(token, found),
+            (Asked::Read | Asked::Status, Err(_)) => self.oracle.fail_read(token),
+            (Asked::Write, Ok(Answer::Done)) => self.oracle.acknowledge_write(token),
+            (Asked::Flush | Asked::Prefetch, Ok(Answer::Done))
+            | (Asked::Write | Asked::Flush | Asked::Prefetch, Err(_)) => {}
+            (asked, Ok(answer)) => panic!("{asked:?} {token} is answered with {answer:?}"),
         }
         if self.setup.depth == 0 || self.engines[engine].depth == 0 {
             self.engines[engine].answers.insert(token, outcome);
@@ -69,7 +73,11 @@ impl World {
             Request::Flush => Some(last()),
             // Its own record comes after all there are.
             Request::Write { fua: true, .. } | Request::Zero { fua: true, .. } => Some(last().next()),
-            Request::Read(_) | Request::Write { .. } | Request::Zero { .. } => None,
+            Request::Read(_)
+            | Request::Status(_)
+            | Request::Prefetch(_)
+            | Request::Write { .. }
+            | Request::Zero { .. } => None,
         };
         self.engines[engine].outstanding.insert(token, Waiting { asked, flushes });
         self.trace(|| format!("e{engine} {asked:?} {token} {}", self.oracle.describe(token)));
@@ -101,6 +109,19 @@ impl World {
             world.oracle.submit_read(token, reign, first, count);
             Request::Read(range(first, count))
         })
+    }
+
+    /// Asks how sectors are kept.
+    pub fn status(&mut self, engine: usize, first: usize, count: usize) -> Token {
+        let reign = self.engines[engine].reign.expect("clients come when the engine serves");
+        self.submit(engine, Asked::Status, |world, token| {
+            world.oracle.submit_read(token, reign, first, count);
+            Request::Status(range(first, count))
+        })
+    }
+
+    pub fn prefetch(&mut self, engine: usize, first: usize, count: usize) -> Token {
+        self.submit(engine, Asked::Prefetch, |_, _| Request::Prefetch(range(first, count)))
     }
 
     pub fn flush(&mut self, engine: usize) -> Token {
@@ -142,8 +163,16 @@ impl World {
                 let how = self.rng.pick(&[Zeroing::Trim, Zeroing::Zero, Zeroing::ZeroKeepAllocated]);
                 self.zero(engine, first, count, how, fua);
             }
-            60..95 => {
+            60..86 => {
                 self.read(engine, first, count);
+            }
+            86..94 => {
+                let whole = self.rng.percent(30);
+                let (first, count) = if whole { (0, sectors as usize) } else { (first, count) };
+                self.status(engine, first, count);
+            }
+            94 => {
+                self.prefetch(engine, first, count);
             }
             _ => {
                 self.flush(engine);

@@ -10,6 +10,8 @@ use listener_agent::disk::{RawFile, ReplicaFiles};
 use listener_agent::image::checksum_file_bytes;
 use listener_agent::{journal, superblock};
 
+use protocol::ranges::ByteRange;
+
 use crate::rng::Rng;
 
 /// The unit that a disk writes as a whole, bytes.
@@ -203,6 +205,23 @@ impl RawFile for SimFile {
     fn zero_range(&self, offset: u64, length: u64, _keep_allocated: bool) -> io::Result<()> {
         self.write_at(offset, &vec![0; length as usize])
     }
+
+    /// Of what holds zeroes the filesystem keeps some as holes, and the rest as it is.
+    fn allocated_in(&self, range: ByteRange) -> io::Result<Option<ByteRange>> {
+        let bytes = self.bytes.lock().unwrap();
+        let is_hole = |sector: &u64| {
+            let at = *sector as usize * SECTOR;
+            sector / 16 % 3 != 2 && bytes.cached[at..at + SECTOR].iter().all(|byte| *byte == 0)
+        };
+        let sector = SECTOR as u64;
+        let mut sectors = range.offset / sector..range.end().div_ceil(sector);
+        let Some(first) = sectors.find(|sector| !is_hole(sector)) else { return Ok(None) };
+        let start = (first * sector).max(range.offset);
+        let end = sectors.find(is_hole).map_or(range.end(), |hole| hole * sector);
+        Ok(Some(ByteRange { offset: start, length: end - start }))
+    }
+
+    fn read_ahead(&self, _range: ByteRange) {}
 
     fn length(&self) -> io::Result<u64> {
         Ok(self.bytes.lock().unwrap().cached.len() as u64)

@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use bytes::Bytes;
-use nbdcast::volume::{Command, CommandRefusal, Event, Failure, ReadSpread, Volume, VolumeSettings};
+use nbdcast::volume::{Answer, Command, CommandRefusal, Event, Failure, ReadSpread, Volume, VolumeSettings};
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, ToAgent, ToEngine};
 
@@ -29,7 +28,7 @@ pub struct Engine {
     pub reign: Option<u64>,
     /// What the client waits for.
     pub outstanding: BTreeMap<Token, Waiting>,
-    pub answers: BTreeMap<Token, Result<Bytes, Failure>>,
+    pub answers: BTreeMap<Token, Result<Answer, Failure>>,
     pub depth: usize,
     stopping: bool,
 }
@@ -254,7 +253,7 @@ impl World {
             return;
         }
         for (token, waiting) in std::mem::take(&mut at.outstanding) {
-            if waiting.asked == Asked::Read {
+            if matches!(waiting.asked, Asked::Read | Asked::Status) {
                 self.oracle.fail_read(token);
             }
         }

@@ -17,6 +17,7 @@ mod oracle;
 mod resync;
 mod rng;
 mod scenario;
+mod statuses;
 mod stories;
 mod wild;
 mod world;
@@ -61,6 +62,7 @@ struct Tally {
     activations: u64,
     writes: u64,
     reads: u64,
+    zero_sectors: u64,
     drops: u64,
     returns: u64,
 }
@@ -71,6 +73,7 @@ impl Tally {
         self.activations += world.engines.iter().filter(|e| e.reign.is_some()).count() as u64;
         self.writes += world.oracle.acknowledged;
         self.reads += world.oracle.answered_reads;
+        self.zero_sectors += world.oracle.zero_sectors_shown;
         self.drops += wild::drops(world);
         self.returns += wild::returns(world);
     }
@@ -120,12 +123,14 @@ fn random_faults_lose_nothing_and_heal() {
     let sum = |of: fn(&Tally) -> u64| tallies.iter().map(of).sum::<u64>();
     let (seeds, activations, writes) = (sum(|t| t.seeds), sum(|t| t.activations), sum(|t| t.writes));
     let (reads, drops, returns) = (sum(|t| t.reads), sum(|t| t.drops), sum(|t| t.returns));
+    let zero_sectors = sum(|t| t.zero_sectors);
     println!(
-        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {drops} drops, {returns} returns"
+        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns"
     );
     // A simulation in which nothing happens proves nothing.
     assert_eq!(seeds, count);
     assert!(activations > count && writes > count * 20 && reads > count * 10 && returns * 4 > count);
+    assert!(zero_sectors > count * 10);
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{Bytes, BytesMut};
+use protocol::extents::{self, Allocation, Extent};
 
 use crate::disk::SECTOR;
 
@@ -52,6 +53,8 @@ pub struct Oracle {
     reign: u64,
     pub acknowledged: u64,
     pub answered_reads: u64,
+    /// Sectors that statuses called zero.
+    pub zero_sectors_shown: u64,
 }
 
 /// The bytes that the write `token` puts into `sector`.
@@ -92,6 +95,7 @@ impl Oracle {
             reign: 0,
             acknowledged: 0,
             answered_reads: 0,
+            zero_sectors_shown: 0,
         }
     }
 
@@ -157,6 +161,30 @@ impl Oracle {
                 panic!("read {token} of reign {reign}: sector {sector} holds {value} and not {allowed:?}; now {now:?}");
             };
             self.observe(sector, earliest, reign);
+        }
+    }
+
+    /// What is called zeroes, or a hole, must read as zeroes, and is then known as if it had been read.
+    pub fn answer_status(&mut self, token: Token, found: &[Extent]) {
+        let Read { reign, first, allowed } = self.reads.remove(&token).expect("a status is answered once");
+        let asked = (allowed.len() * SECTOR) as u64;
+        assert!(extents::are_sound(found, asked), "status {token} is answered with {found:?} for {asked} bytes");
+        let mut at = 0;
+        for extent in found {
+            let sectors = at / SECTOR..(at + extent.length as usize).div_ceil(SECTOR);
+            at += extent.length as usize;
+            if extent.allocation == Allocation::Data {
+                continue;
+            }
+            for i in sectors {
+                self.zero_sectors_shown += 1;
+                let sector = first + i;
+                let Some(earliest) = allowed[i].iter().find(|e| e.value == 0).copied() else {
+                    let (may, now) = (&allowed[i], &self.sectors[sector]);
+                    panic!("status {token} of reign {reign}: sector {sector} is no zeroes but {may:?}; now {now:?}");
+                };
+                self.observe(sector, earliest, reign);
+            }
         }
     }
 

@@ -1,10 +1,12 @@
 //! What stories are told with: a world with an engine that serves, requests that are waited for, a look at who is where.
 
 use bytes::Bytes;
-use nbdcast::volume::{DropReason, Failure, Notice};
+use nbdcast::volume::{Answer, DropReason, Failure, Notice};
 use protocol::Seq;
+use protocol::extents::Allocation;
 
 use crate::check;
+use crate::disk::SECTOR;
 use crate::oracle::Token;
 use crate::world::{Setup, World, ms};
 
@@ -20,19 +22,32 @@ pub fn serving(setup: Setup) -> World {
 }
 
 impl World {
-    pub fn answer(&self, engine: usize, token: Token) -> Option<&Result<Bytes, Failure>> {
+    pub fn answer(&self, engine: usize, token: Token) -> Option<&Result<Answer, Failure>> {
         self.engines[engine].answers.get(&token)
     }
 
     /// Waits until the request ends well.
-    pub fn done(&mut self, engine: usize, token: Token) -> Bytes {
+    pub fn done(&mut self, engine: usize, token: Token) -> Answer {
         assert!(self.run_until(LONG, |w| w.answer(engine, token).is_some()), "request {token} is not answered");
         self.answer(engine, token).unwrap().clone().expect("the request succeeds")
     }
 
     pub fn read_now(&mut self, engine: usize, first: usize, count: usize) -> Bytes {
         let token = self.read(engine, first, count);
-        self.done(engine, token)
+        let Answer::Data(data) = self.done(engine, token) else { panic!("read {token} is answered without bytes") };
+        data
+    }
+
+    /// How each of some sectors is kept: D for data, 0 for zeroes or a hole, ? where the answer ends before.
+    pub fn status_now(&mut self, engine: usize, first: usize, count: usize) -> String {
+        let token = self.status(engine, first, count);
+        let Answer::Extents(found) = self.done(engine, token) else { panic!("status {token} has no extents") };
+        let mut shown = String::new();
+        for extent in found {
+            let sign = if extent.allocation == Allocation::Data { "D" } else { "0" };
+            shown += &sign.repeat(extent.length as usize / SECTOR);
+        }
+        format!("{shown:?<count$}")
     }
 
     pub fn durable(&self, agent: usize) -> Seq {
