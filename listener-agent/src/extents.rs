@@ -189,3 +189,6 @@ fn clip(found: Vec<Extent>, mut skipped: u64, mut length: u64) -> Vec<Extent> {
     }
     clipped
 }
+
+#[cfg(test)]
+mod tests;

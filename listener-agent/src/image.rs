@@ -67,7 +67,8 @@ impl Image {
         Image::of(files.image.clone(), files.checksums.clone())
     }
 
-    fn of(image: Arc<dyn RawFile>, checksums: Arc<dyn RawFile>) -> Image {
+    /// As [`Image::new`], with nothing but the two files.
+    pub(crate) fn of(image: Arc<dyn RawFile>, checksums: Arc<dyn RawFile>) -> Image {
         Image { image, checksums, sync_failed: Arc::default() }
     }
 

@@ -211,6 +211,20 @@ mod tests {
     }
 
     #[test]
+    fn what_takes_space_is_found_up_to_the_end_of_the_range() {
+        let (_dir, file) = file_of(1 << 20, Caching::Buffered);
+        file.write_at(65536, &[1; 65536]).unwrap();
+        let all = ByteRange { offset: 0, length: 1 << 20 };
+        assert_eq!(file.allocated_in(all).unwrap(), Some(ByteRange { offset: 65536, length: 65536 }));
+        let part = ByteRange { offset: 70000, length: 1000 };
+        assert_eq!(file.allocated_in(part).unwrap(), Some(part));
+        assert_eq!(file.allocated_in(ByteRange { offset: 0, length: 65536 }).unwrap(), None);
+        assert_eq!(file.allocated_in(ByteRange { offset: 131_072, length: 65536 }).unwrap(), None);
+        assert_eq!(file.allocated_in(ByteRange { offset: 2 << 20, length: 1 }).unwrap(), None, "behind its end");
+        file.read_ahead(all);
+    }
+
+    #[test]
     fn a_zeroed_range_reads_as_zeroes() {
         for keep in [false, true] {
             let (_dir, file) = file_of(16384, Caching::Buffered);

@@ -205,6 +205,49 @@ fn a_record_waits_for_the_read_of_its_block_at_work_or_about_to_begin() {
 }
 
 #[test]
+fn a_status_sees_the_records_before_it_and_holds_up_those_behind_it() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Extents, offset: 0, length: 4 * BLOCK });
+    assert!(r.next_read().is_none(), "it would not show the record");
+    write_group(&mut r);
+    apply(&mut r);
+    let status = r.next_read().unwrap();
+    assert_eq!((status.id, status.what), (7, ReadKind::Extents));
+    append(&mut r, 2, 0);
+    write_group(&mut r);
+    assert!(r.next_apply(NOW).is_none(), "blocks and checksums would not match while they are looked at");
+    r.read_done(status, ReadOutcome::Failed);
+    assert!(r.next_apply(NOW).is_some());
+}
+
+#[test]
+fn a_prefetch_waits_for_nothing_and_holds_up_nothing() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Prefetch, offset: 0, length: BLOCK });
+    let prefetch = r.next_read().unwrap();
+    write_group(&mut r);
+    apply(&mut r);
+    said(&mut r);
+    r.read_done(prefetch, ReadOutcome::Prefetched);
+    let done = ToEngine::ReadDone { id: 7, applied: Seq(1), outcome: ReadOutcome::Prefetched };
+    assert_eq!(said(&mut r), [(1, done)]);
+}
+
+#[test]
+fn nothing_longer_is_read_than_one_answer_may_cost() {
+    for what in [ReadKind::Data, ReadKind::Extents, ReadKind::Prefetch] {
+        for (offset, length) in [(0, 0), (0, what.bytes_max() + 1), (1 << 20, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            let mut r = promised();
+            r.handle(NOW, 1, ToAgent::Read { id: 7, what, offset, length });
+            assert!(matches!(said(&mut r)[..], [(1, ToEngine::Refused(_))]), "{what:?} {offset}+{length}");
+            assert!(r.next_read().is_none());
+        }
+    }
+}
+
+#[test]
 fn a_full_journal_goes_on_once_records_are_stable_and_a_checkpoint_gave_them_up() {
     let mut r = promised();
     let mut seq = 0;
