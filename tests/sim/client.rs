@@ -95,6 +95,11 @@ impl World {
         })
     }
 
+    /// Writes bytes that the oracle knows nothing of: nobody may read there.
+    pub fn write_bytes(&mut self, engine: usize, offset: u64, data: Vec<u8>) -> Token {
+        self.submit(engine, Asked::Flush, |_, _| Request::Write { offset, data: data.into(), fua: false })
+    }
+
     pub fn zero(&mut self, engine: usize, first: usize, count: usize, how: Zeroing, fua: bool) -> Token {
         let reign = self.engines[engine].reign.expect("clients come when the engine serves");
         self.submit(engine, Asked::Write, |world, token| {

@@ -1,12 +1,15 @@
 //! How the volume tells clients what is data and what reads as zeroes, told as stories: as fresh as a read, and never by a
 //! member that could be wrong.
 
+use listener_agent::disk::RawFile;
 use nbdcast::volume::{Answer, DropReason, Zeroing};
+use protocol::checksum::stored_block_checksum;
 use protocol::extents::{Allocation, EXTENTS_MAX, Extent};
 use protocol::message::ReadOutcome;
 use protocol::{AckPolicy, Seq, ToEngine};
 
 use crate::check;
+use crate::oracle::payload;
 use crate::scenario::{LONG, serving};
 use crate::world::{Setup, ms};
 
@@ -131,6 +134,30 @@ fn an_answer_that_cannot_be_counts_as_none_and_another_member_is_asked() {
         assert_eq!(w.done(0, status), Answer::Extents(vec![data]), "after {outcome:?}");
         assert!(w.now - asked < ms(10), "another member is asked at once");
     }
+}
+
+#[test]
+fn a_block_that_only_has_the_checksum_of_zeroes_is_shown_as_data() {
+    // The polynomial of the CRC itself, as 33 bits with the highest power in the lowest one: it has no effect.
+    let mut block = vec![0; 4096];
+    block[1000..1005].copy_from_slice(&[0x41, 0x06, 0x71, 0xdb, 0x01]);
+    assert_eq!(stored_block_checksum(&block), 0);
+    let mut w = serving(Setup::quiet(2009, AckPolicy::First));
+    let write = w.write_bytes(0, 4096, block);
+    w.done(0, write);
+    assert_eq!(w.status_now(0, 0, 24), "00000000DDDDDDDD00000000");
+}
+
+#[test]
+fn a_part_of_an_image_that_was_lost_is_shown_as_data_and_read_from_another_member() {
+    let mut w = serving(Setup::quiet(2010, AckPolicy::First));
+    let write = w.write(0, 8, 8, false);
+    w.done(0, write);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    w.agents[0].disk.image.write_at(4096, &[0; 4096]).unwrap();
+    w.agents[0].rotten.push(4096);
+    assert_eq!(w.status_now(0, 0, 24), "00000000DDDDDDDD00000000");
+    assert_eq!(w.read_now(0, 8, 8), payload(write, 8, 8));
 }
 
 #[test]
