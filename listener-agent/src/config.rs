@@ -98,7 +98,24 @@ pub enum ConfigError {
         /// Greatest allowed value.
         max: u64,
     },
+    /// A listener that other machines can connect to without TLS.
+    #[error("{file}: listen = \"{listen}\": {OPEN_WORDS}")]
+    Open {
+        /// File name as given.
+        file: String,
+        /// The address.
+        listen: Endpoint,
+    },
+    /// An empty list of engines, so that none could ever connect.
+    #[error("{file}: tls.engines is empty, so that no engine could connect")]
+    NoEngines {
+        /// File name as given.
+        file: String,
+    },
 }
+
+/// What is wrong with a listener that other machines can connect to without TLS.
+pub const OPEN_WORDS: &str = "other machines could connect there, without encryption and without authentication";
 
 impl ConfigError {
     /// What the operator can do about it, as one line; `sample` names the sample file of this program.
@@ -115,6 +132,10 @@ impl ConfigError {
             ConfigError::MissingKey { key, .. } => {
                 format!("add `{key} = ...`; {sample} shows every key")
             }
+            ConfigError::Open { .. } => "set `certificates` in [tls] (`nbdcast certs` makes them), listen at a loopback address or a Unix socket, or \
+                 allow it with `insecure = true`"
+                .to_owned(),
+            ConfigError::NoEngines { .. } => "leave it out, or name engines as their certificates do".to_owned(),
             ConfigError::Syntax { .. } | ConfigError::Value { .. } | ConfigError::OutOfRange { .. } => {
                 format!("correct the line; {sample} shows every key with its unit and range")
             }
@@ -174,9 +195,31 @@ pub struct AgentConfig {
     /// Block devices that hold the images of new replicas, by volume; one that is not named gets a file. Default: none.
     #[serde(default)]
     pub images: BTreeMap<ReplicaName, PathBuf>,
+    /// Listens where other machines can connect without TLS too. Default false.
+    #[serde(default)]
+    pub insecure: bool,
+    /// Encryption, and who may connect.
+    #[serde(default)]
+    pub tls: AgentTls,
     /// Upper bounds that protect the machine.
     #[serde(default)]
     pub limits: AgentLimits,
+}
+
+/// `[tls]`: how engines prove who they are, and the agent to them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct AgentTls {
+    /// Directory with ca-cert.pem, server-cert.pem and server-key.pem. With it all connections are TLS. Default: none.
+    pub certificates: Option<PathBuf>,
+    /// Names of which an engine's certificate must bear one. Default: engine.
+    pub engines: Vec<String>,
+}
+
+impl Default for AgentTls {
+    fn default() -> Self {
+        AgentTls { certificates: None, engines: vec!["engine".to_owned()] }
+    }
 }
 
 /// Upper bounds of one listener agent.
@@ -198,7 +241,14 @@ impl AgentConfig {
 
     /// The configuration that `--listen` and `--data` stand for; everything else at its default.
     pub fn new(listen: Endpoint, data: PathBuf) -> AgentConfig {
-        AgentConfig { listen, data, images: BTreeMap::new(), limits: AgentLimits::default() }
+        AgentConfig {
+            listen,
+            data,
+            images: BTreeMap::new(),
+            insecure: false,
+            tls: AgentTls::default(),
+            limits: AgentLimits::default(),
+        }
     }
 
     /// Where an agent listens when nothing is said.
@@ -210,12 +260,25 @@ impl AgentConfig {
     pub fn load(path: &Path) -> Result<AgentConfig, ConfigError> {
         let mut config: AgentConfig = load_toml(path)?;
         config.data = resolve_beside(path, &config.data);
+        config.tls.certificates = config.tls.certificates.map(|dir| resolve_beside(path, &dir));
         config.validate(&path.display().to_string())?;
         Ok(config)
     }
 
-    /// Checks the ranges that the types alone do not; `file` is only the name that errors give.
+    /// Whether other machines can connect without TLS, and nobody said that they may.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.tls.certificates.is_none() && !self.insecure && !self.listen.is_local()
+    }
+
+    /// Checks what the types alone do not; `file` is only the name that errors give.
     fn validate(&self, file: &str) -> Result<(), ConfigError> {
+        if self.is_open() {
+            return Err(ConfigError::Open { file: file.to_owned(), listen: self.listen.clone() });
+        }
+        if self.tls.engines.is_empty() {
+            return Err(ConfigError::NoEngines { file: file.to_owned() });
+        }
         let (range, value) = (Self::CONNECTIONS, self.limits.connections_max);
         if range.contains(&value) {
             return Ok(());

@@ -14,6 +14,10 @@ const SPARE_BYTES_MIN: usize = 16 * 1024;
 /// Bulk data up to this size is copied behind its frame's head, so that small frames share a system call.
 const COPY_BYTES_MAX: usize = 16 * 1024;
 const WRITE_BYTES: usize = 256 * 1024;
+/// A TLS record begins with its type, from this one ...
+const TLS_ALERT: u8 = 21;
+/// ... to this one, and a version.
+const TLS_DATA: u8 = 23;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +31,12 @@ pub enum ConnectionError {
     /// What came is not the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// What came is TLS, and this side has none.
+    #[error("the other side speaks TLS, and this side does not")]
+    SpeaksTls,
+    /// This side does not want the other; why, in words.
+    #[error("{0}")]
+    Refused(String),
 }
 
 /// Reads frames.
@@ -52,7 +62,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         loop {
             let mut missing = PREFIX_BYTES;
             while let Some(bytes) = self.buffer.first_chunk::<PREFIX_BYTES>() {
-                let prefix = Prefix::decode(bytes)?;
+                let prefix = Prefix::decode(bytes).map_err(|e| self.unreadable(e.into()))?;
                 let frame_bytes = PREFIX_BYTES + prefix.rest_bytes();
                 if self.buffer.len() < frame_bytes {
                     missing = frame_bytes - self.buffer.len();
@@ -71,9 +81,15 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 self.buffer.reserve(missing.max(READ_BYTES));
             }
             if self.stream.read_buf(&mut self.buffer).await? == 0 {
-                return Err(ConnectionError::Closed);
+                return Err(self.unreadable(ConnectionError::Closed));
             }
         }
+    }
+
+    /// Why nothing more can be read: a side that has TLS and one that has none must not look like a broken network.
+    fn unreadable(&self, error: ConnectionError) -> ConnectionError {
+        let is_tls = matches!(self.buffer[..], [TLS_ALERT..=TLS_DATA, 3, 0..=4, ..]);
+        if is_tls { ConnectionError::SpeaksTls } else { error }
     }
 }
 

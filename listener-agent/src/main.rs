@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use listener_agent::config::{AGENT_SAMPLE, AgentConfig, Endpoint};
+use listener_agent::config::{AGENT_SAMPLE, AgentConfig, Endpoint, OPEN_WORDS};
 use listener_agent::console::{self, ConsoleArgs, Failure, SHUTDOWN_MAX, ShutdownSignals, say};
 use listener_agent::inspect::{self, VerifyReport};
 use listener_agent::server::AgentServer;
@@ -39,7 +39,7 @@ struct Cli {
 #[group(required = true, multiple = true)]
 struct ServeArgs {
     /// Config file; config/listener-agent.toml is a complete sample
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["listen", "data"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["listen", "data", "tls_certificates", "insecure"])]
     config: Option<PathBuf>,
     /// Where engines connect: host:port or unix:/path [default: 127.0.0.1:10811]
     #[arg(long, value_name = "ADDRESS", requires = "data")]
@@ -47,6 +47,12 @@ struct ServeArgs {
     /// Data directory; each volume has its replica in DIR/VOLUME/
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Directory with ca-cert.pem, server-cert.pem and server-key.pem: only engines with a certificate may connect
+    #[arg(long, value_name = "DIR", requires = "data")]
+    tls_certificates: Option<PathBuf>,
+    /// Let other machines connect without TLS
+    #[arg(long, requires = "data")]
+    insecure: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -90,7 +96,16 @@ fn agent_config(args: ServeArgs) -> Result<AgentConfig, Failure> {
     }
     let data = args.data.ok_or_else(nothing_to_serve)?;
     let listen = args.listen.unwrap_or_else(AgentConfig::default_listen);
-    Ok(AgentConfig::new(listen, data))
+    let mut config = AgentConfig::new(listen, data);
+    config.tls.certificates = args.tls_certificates;
+    config.insecure = args.insecure;
+    if config.is_open() {
+        return Err(Failure::usage(format_args!("--listen {}: {OPEN_WORDS}", config.listen)).remedy(
+            "give --tls-certificates DIR (`nbdcast certs` makes one), listen at a loopback address or a Unix socket, or \
+             allow it with --insecure",
+        ));
+    }
+    Ok(config)
 }
 
 /// Serves until a signal; then gives what is in flight a bounded time to finish.

@@ -1,8 +1,12 @@
 //! The agent as engines meet it: listens, opens the replicas of its data directory, and joins each connection with the
 //! replica it asks for. Owns no rule of replication.
 
+mod door;
 mod outbox;
 mod replicas;
+mod session;
+#[cfg(test)]
+mod tls_tests;
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,21 +16,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use protocol::message::RefusedReason;
-use protocol::wire::{Prefix, frame_to_engine};
-use protocol::{ToAgent, ToEngine};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, error, info, warn};
 
 use crate::config::{AgentConfig, Endpoint};
-use crate::connection::{ConnectionError, FrameReader, write_frames};
-use outbox::Outbox;
-use replicas::{Replicas, refused, volumes_in};
+use crate::connection::ConnectionError;
+use crate::tls::TlsError;
+use door::Door;
+use replicas::{Replicas, volumes_in};
+use session::Session;
 
-const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(10);
 const CLOSE_MAX: Duration = Duration::from_secs(4);
 
 /// Why an agent does not serve.
@@ -40,6 +42,9 @@ pub enum AgentError {
         /// Why.
         cause: io::Error,
     },
+    /// The certificates cannot be used.
+    #[error("tls.certificates: {0}")]
+    Tls(#[from] TlsError),
     /// The data directory is not there.
     #[error("the data directory {path} cannot be read: {cause}")]
     Data {
@@ -60,7 +65,10 @@ impl AgentError {
     /// The exit code that it calls for.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        1
+        match self {
+            AgentError::Tls(_) => 2,
+            AgentError::Bind { .. } | AgentError::Data { .. } | AgentError::Unclean { .. } => 1,
+        }
     }
 
     /// What to do about it.
@@ -71,6 +79,7 @@ impl AgentError {
                 "stop the program that listens there (`ss -ltnp` shows it), or choose another `listen`".to_owned()
             }
             AgentError::Bind { .. } => "choose another `listen`".to_owned(),
+            AgentError::Tls(cause) => cause.remedy(),
             AgentError::Data { path, cause } if cause.kind() == io::ErrorKind::NotFound => {
                 format!("mount the disk that holds it, or make it: mkdir -p {}", path.display())
             }
@@ -90,6 +99,8 @@ pub struct AgentServer {
     listener: Listener,
     address: String,
     replicas: Arc<Replicas>,
+    /// How engines are let in; without it anybody is.
+    door: Option<Arc<Door>>,
     connections_max: usize,
     /// Sessions that had promised nothing when last looked at, oldest first.
     idle: VecDeque<Idle>,
@@ -105,6 +116,10 @@ impl AgentServer {
     /// Takes the address and opens all replicas. One that cannot be opened is reported and does not keep the others
     /// from service.
     pub async fn bind(config: &AgentConfig) -> Result<AgentServer, AgentError> {
+        let door = Door::of(&config.tls)?.map(Arc::new);
+        if door.is_none() && !config.listen.is_local() {
+            warn!("{} can be reached from other machines, without encryption or authentication", config.listen);
+        }
         let bind_error = |cause| AgentError::Bind { address: config.listen.clone(), cause };
         let listener = listen(&config.listen).await.map_err(bind_error)?;
         let address = match &listener {
@@ -131,7 +146,7 @@ impl AgentServer {
             info!("serves {}", if served.is_empty() { "nothing".to_owned() } else { served.join(", ") });
         }
         let connections_max = config.limits.connections_max as usize;
-        Ok(AgentServer { listener, address, replicas, connections_max, idle: VecDeque::new() })
+        Ok(AgentServer { listener, address, replicas, door, connections_max, idle: VecDeque::new() })
     }
 
     /// Where engines connect.
@@ -172,19 +187,19 @@ impl AgentServer {
             Listener::Tcp(listener) => {
                 let (stream, from) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                let (reader, writer) = stream.into_split();
-                self.begin(sessions, from.to_string(), reader, writer);
+                self.begin(sessions, from.to_string(), stream, TcpStream::into_split);
             }
             Listener::Unix(listener, _) => {
-                let (reader, writer) = listener.accept().await?.0.into_split();
-                self.begin(sessions, "a local engine".to_owned(), reader, writer);
+                let stream = listener.accept().await?.0;
+                self.begin(sessions, "a local engine".to_owned(), stream, UnixStream::into_split);
             }
         }
         Ok(())
     }
 
-    fn begin<R, W>(&mut self, sessions: &mut JoinSet<()>, from: String, reader: R, writer: W)
+    fn begin<S, R, W>(&mut self, sessions: &mut JoinSet<()>, from: String, stream: S, split: fn(S) -> (R, W))
     where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         R: AsyncRead + Unpin + Send + 'static,
         W: AsyncWrite + Unpin + Send + 'static,
     {
@@ -196,14 +211,20 @@ impl AgentServer {
             };
             oldest.task.abort();
         }
-        let replicas = self.replicas.clone();
         let promised = Arc::new(AtomicBool::new(false));
-        let flag = promised.clone();
+        let session = Session::new(self.replicas.clone(), promised.clone());
+        let door = self.door.clone();
         let task = sessions.spawn(async move {
-            match converse(&replicas, FrameReader::new(reader), writer, flag).await {
+            match session.run(door.as_deref(), stream, split).await {
                 Ok(()) => debug!("session with {from} ended"),
                 Err(e @ (ConnectionError::Closed | ConnectionError::Io(_))) => debug!("session with {from} ended: {e}"),
                 Err(e @ ConnectionError::Wire(_)) => warn!("closed the session with {from}: {e}"),
+                Err(ConnectionError::SpeaksTls) => {
+                    warn!(
+                        "refused {from}: it speaks TLS; give this agent `tls.certificates`, or take the engine's away"
+                    );
+                }
+                Err(ConnectionError::Refused(why)) => warn!("refused {from}: {why}"),
             }
         });
         self.idle.push_back(Idle { promised, task });
@@ -241,85 +262,17 @@ async fn remove_dead_socket(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes what the outbox gives until a refusal, which ends the session.
-async fn write_outbox(outbox: &Outbox, writer: &mut (impl AsyncWrite + Unpin)) -> Result<(), ConnectionError> {
-    while let Some(messages) = outbox.take().await {
-        let last = messages.iter().any(|m| matches!(m, ToEngine::Refused(_)));
-        write_frames(writer, messages.iter().map(frame_to_engine).collect()).await?;
-        if last {
-            writer.shutdown().await?;
-            return Ok(());
-        }
-    }
-    Ok(())
-}
-
-async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
-    replicas: &Arc<Replicas>,
-    mut reader: FrameReader<R>,
-    mut writer: W,
-    promised: Arc<AtomicBool>,
-) -> Result<(), ConnectionError> {
-    let timed_out = |_| ConnectionError::Io(io::ErrorKind::TimedOut.into());
-    let first = tokio::time::timeout(FIRST_MESSAGE_MAX, reader.read(Prefix::to_agent)).await.map_err(timed_out)??;
-    let mut first = first.into_iter();
-    let outbox = Arc::new(Outbox::default());
-    let session = match first.next() {
-        Some(ToAgent::Hello(hello)) => {
-            let (replicas, engine) = (replicas.clone(), hello.engine);
-            match blocking(move || replicas.greet(&hello)).await? {
-                Ok(host) => {
-                    let sink = outbox.clone();
-                    let take = move |message| {
-                        promised.fetch_or(matches!(message, ToEngine::Promised(_)), Ordering::Relaxed);
-                        sink.push(message);
-                    };
-                    Some(host.open_session(engine, Arc::new(take)))
-                }
-                Err(refused) => {
-                    outbox.push(ToEngine::Refused(refused));
-                    None
-                }
-            }
-        }
-        Some(ToAgent::Format(format)) => {
-            let replicas = replicas.clone();
-            let outcome = blocking(move || replicas.format(format)).await?;
-            let answer = outcome.map_or_else(ToEngine::Refused, |()| ToEngine::Formatted);
-            write_frames(&mut writer, vec![frame_to_engine(&answer)]).await?;
-            return Ok(writer.shutdown().await?);
-        }
-        Some(_) | None => {
-            let text = "a session begins with Hello or Format".to_owned();
-            outbox.push(ToEngine::Refused(refused(RefusedReason::Protocol, text)));
-            None
-        }
-    };
-    let Some(session) = session else { return write_outbox(&outbox, &mut writer).await };
-    session.send(first);
-    tokio::select! {
-        ended = write_outbox(&outbox, &mut writer) => ended,
-        ended = async {
-            loop {
-                session.send(reader.read(Prefix::to_agent).await?);
-            }
-        } => ended,
-    }
-}
-
-async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> Result<R, ConnectionError> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| ConnectionError::Io(io::Error::other(e)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::replicas::locked;
+    use super::session::FIRST_MESSAGE_MAX;
     use super::*;
+    use crate::connection::{FrameReader, write_frames};
     use crate::directory::{self, DirectoryError};
     use protocol::message::{Format, Hello};
-    use protocol::wire::frame_to_agent;
+    use protocol::wire::{Prefix, frame_to_agent};
+    use protocol::{ToAgent, ToEngine};
     use std::collections::BTreeMap;
-    use tokio::net::TcpStream;
 
     #[tokio::test]
     async fn only_a_dead_socket_makes_room_for_a_new_one() {

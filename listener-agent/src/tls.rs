@@ -3,6 +3,8 @@
 //! Owns which files are read and what is wrong with them. Opens no connection, makes no certificate, and never shows
 //! anything of a private key.
 
+mod words;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -17,6 +19,8 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tracing::warn;
 use webpki::{EndEntityCert, ExtendedKeyUsageValidator, KeyUsage};
+
+pub use words::{in_words, reason};
 
 const CA: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
@@ -233,7 +237,7 @@ fn roots_if_any(dir: &Path) -> Result<Option<Arc<RootCertStore>>, TlsError> {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
     let found = found.map_err(|e| no_pem(path, "certificate", &e))?;
     if found.is_empty() {

@@ -154,10 +154,12 @@ fn keys_of<T: DeserializeOwned>(table_head: &str) -> &'static [&'static str] {
 fn the_sample_file_parses_and_shows_every_key() {
     let sample: AgentConfig = parse_toml("sample", SAMPLE).expect("the sample parses");
     sample.validate("sample").expect("the sample is valid");
-    let keys = [keys_of::<AgentConfig>(""), keys_of::<AgentConfig>("[limits]")].concat();
-    for key in keys {
+    let keys = [keys_of::<AgentConfig>(""), keys_of::<AgentConfig>("[limits]"), keys_of::<AgentConfig>("[tls]")];
+    for key in keys.concat() {
+        let code =
+            |line: &'static str| line.strip_prefix("# ").filter(|t| t.starts_with("certificates =")).unwrap_or(line);
         let shown = |line: &str| line.starts_with(&format!("{key} =")) || line == format!("[{key}]");
-        assert!(SAMPLE.lines().any(shown), "the sample lacks `{key}`");
+        assert!(SAMPLE.lines().map(code).any(shown), "the sample lacks `{key}`");
     }
 }
 
@@ -174,4 +176,26 @@ fn the_defaults_stated_in_the_sample_are_those_of_the_code() {
     ] {
         assert!(SAMPLE.contains(&stated), "the sample does not say `{stated}`");
     }
+}
+
+#[test]
+fn nothing_but_loopback_is_listened_at_without_tls_unless_it_is_said() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("agent.toml");
+    let load = |text: &str| {
+        std::fs::write(&file, format!("data = \"d\"\n{text}")).expect("written");
+        AgentConfig::load(&file)
+    };
+    for listen in ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "node-a:1"] {
+        let error = load(&format!("listen = \"{listen}\"")).expect_err(listen);
+        assert!(error.to_string().contains(&format!("listen = \"{listen}\"")), "{error}");
+        assert!(error.remedy("").contains("insecure = true") && error.remedy("").contains("certificates"));
+        load(&format!("listen = \"{listen}\"\ninsecure = true")).expect("it was said");
+        let config = load(&format!("listen = \"{listen}\"\n[tls]\ncertificates = \"c\"")).expect("TLS");
+        assert_eq!(config.tls.certificates, Some(dir.path().join("c")));
+    }
+    for listen in ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/run/agent.sock"] {
+        load(&format!("listen = \"{listen}\"")).expect(listen);
+    }
+    assert!(load("[tls]\nengines = []").expect_err("nobody").to_string().contains("tls.engines"));
 }
