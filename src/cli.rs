@@ -3,6 +3,7 @@
 //! Owns usage, output and exit codes; the commands that take more than a few lines have files of their own. Decides
 //! nothing about volumes: it hands a checked config to the engine and says what came of it.
 
+mod certs;
 mod demo;
 mod orders;
 mod progress;
@@ -19,6 +20,7 @@ use listener_agent::config::{ByteSize, Endpoint};
 use listener_agent::console::{self, ConsoleArgs, Failure, say};
 
 use crate::admin::client::{AdminUrl, AskError};
+use crate::certs::DAYS_MAX;
 use crate::config::{EngineConfig, LoadError};
 use crate::runtime;
 
@@ -42,6 +44,8 @@ enum Command {
     Create(CreateArgs),
     /// Serve the volumes of a config file, in the foreground; prints "ready URI" for each
     Serve(ServeArgs),
+    /// Make the certificates of a cluster: a CA, and a directory each for the engine, its agents and clients
+    Certs(CertsArgs),
     /// Show how a running engine, its volumes and replicas are doing
     Status(StatusArgs),
     /// Watch a running engine in the terminal; q ends it
@@ -105,6 +109,28 @@ struct ServeArgs {
     take_over: bool,
 }
 
+#[derive(Debug, Args)]
+struct CertsArgs {
+    /// Config file of the engine: certificates for all its agents are made
+    #[arg(long, value_name = "FILE", required_unless_present = "replica")]
+    config: Option<PathBuf>,
+    /// Where the directories are made; what is there is left as it is
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// An agent, by the name of its replica; may be given more than once
+    #[arg(long, value_name = "NAME")]
+    replica: Vec<String>,
+    /// An NBD client to make a certificate for; may be given more than once
+    #[arg(long, value_name = "NAME")]
+    client: Vec<String>,
+    /// A name or address by which NBD clients reach the engine; may be given more than once
+    #[arg(long, value_name = "HOST")]
+    host: Vec<String>,
+    /// Days for which new certificates are valid
+    #[arg(long, value_name = "N", default_value_t = DAYS_MAX, value_parser = clap::value_parser!(u32).range(1..=i64::from(DAYS_MAX)))]
+    days: u32,
+}
+
 /// Which engine.
 #[derive(Debug, Args)]
 struct EngineArgs {
@@ -122,6 +148,9 @@ struct PlaceArgs {
     /// Where its listener agent listens: host:port or unix:/path
     #[arg(long, value_name = "ADDRESS", required_unless_present = "path", conflicts_with_all = ["path", "image"])]
     address: Option<Endpoint>,
+    /// DNS name that the agent's certificate must bear [default: the replica's name]
+    #[arg(long, value_name = "NAME", requires = "address", conflicts_with = "path")]
+    certificate: Option<String>,
     /// Data directory of a replica inside the engine's process, on the engine's machine
     #[arg(long, value_name = "DIR")]
     path: Option<PathBuf>,
@@ -225,6 +254,7 @@ pub fn main() -> ExitCode {
                 let take_over = args.take_over;
                 serve::run(&config, take_over, serve::announce_ready).await
             }
+            Command::Certs(args) => certs::run(args),
             Command::Status(args) => status::run(args).await,
             Command::Top(engine) => top::run(&engine_url(&engine)?).await,
             Command::Replica(ReplicaCommand::Add(args)) => orders::add(args).await,

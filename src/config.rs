@@ -3,6 +3,7 @@
 //! Owns the shape and the defaults; ranges and contradictions are checked in `validate`. Opens no socket and touches no
 //! replica: a config that loads is well-formed, not necessarily reachable.
 
+mod agents;
 mod invalid;
 mod validate;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use listener_agent::config::{self as file, ByteSize, ConfigError, Endpoint};
 
+pub use agents::AgentsConfig;
 pub use invalid::{InvalidConfig, InvalidValue};
 pub use protocol::AckPolicy;
 pub use validate::check_name;
@@ -35,6 +37,9 @@ pub struct EngineConfig {
     /// The admin HTTP server.
     #[serde(default)]
     pub admin: AdminConfig,
+    /// How agents are reached.
+    #[serde(default)]
+    pub agents: AgentsConfig,
     /// One or more volumes, each one export; `[[volume]]` in the file.
     #[serde(default, rename = "volume")]
     pub volumes: Vec<VolumeConfig>,
@@ -59,6 +64,8 @@ pub struct NbdConfig {
 pub struct AdminConfig {
     /// TCP only. Default 127.0.0.1:10808.
     pub listen: Endpoint,
+    /// Listens where other machines can connect too. Default false.
+    pub insecure: bool,
 }
 
 /// `[[volume]]`: one replicated disk.
@@ -151,7 +158,12 @@ pub struct ReplicaConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplicaPlace {
     /// At a listener agent with this address.
-    Agent(Endpoint),
+    Agent {
+        /// The address.
+        address: Endpoint,
+        /// The DNS name that the agent's certificate must bear, if not the replica's.
+        certificate: Option<String>,
+    },
     /// In the engine's own process.
     Embedded {
         /// Data directory; the replica is in PATH/VOLUME/.
@@ -166,6 +178,7 @@ pub enum ReplicaPlace {
 struct ReplicaKeys {
     name: String,
     address: Option<Endpoint>,
+    certificate: Option<String>,
     path: Option<PathBuf>,
     image: Option<PathBuf>,
 }
@@ -174,8 +187,11 @@ impl TryFrom<ReplicaKeys> for ReplicaConfig {
     type Error = &'static str;
 
     fn try_from(keys: ReplicaKeys) -> Result<ReplicaConfig, &'static str> {
+        if let (None, Some(_)) = (&keys.address, &keys.certificate) {
+            return Err("`certificate` is possible only beside `address`: it is the name of a listener agent");
+        }
         let place = match (keys.address, keys.path, keys.image) {
-            (Some(address), None, None) => ReplicaPlace::Agent(address),
+            (Some(address), None, None) => ReplicaPlace::Agent { address, certificate: keys.certificate },
             (None, Some(path), image) => ReplicaPlace::Embedded { path, image },
             (Some(_), Some(_), _) => {
                 return Err(
@@ -205,7 +221,7 @@ impl Default for NbdConfig {
 
 impl Default for AdminConfig {
     fn default() -> Self {
-        AdminConfig { listen: loopback(10808) }
+        AdminConfig { listen: loopback(10808), insecure: false }
     }
 }
 
@@ -311,12 +327,17 @@ impl EngineConfig {
                 *image = image.take().map(|image| file::resolve_beside(config_file, &image));
             }
         }
-        match validate::validate(&self) {
-            Ok(()) => Ok(self),
-            Err(problem) => {
-                Err(LoadError::Invalid { file: config_file.display().to_string(), problem: Box::new(problem) })
-            }
-        }
+        let certificates = &mut self.agents.certificates;
+        *certificates = certificates.take().map(|dir| file::resolve_beside(config_file, &dir));
+        self.check(config_file)?;
+        Ok(self)
+    }
+
+    /// Checks it again, after something was set that the file does not say.
+    pub fn check(&self, config_file: &Path) -> Result<(), LoadError> {
+        let invalid =
+            |problem| LoadError::Invalid { file: config_file.display().to_string(), problem: Box::new(problem) };
+        validate::validate(self).map_err(invalid)
     }
 }
 

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, TrustAnchor, UnixTime};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tracing::warn;
-use webpki::{EndEntityCert, ExtendedKeyUsageValidator, KeyUsage};
+use webpki::{EndEntityCert, KeyUsage};
 
 pub use words::{in_words, reason};
 
@@ -174,6 +174,20 @@ pub fn names_of(certificate: &CertificateDer<'_>) -> Vec<String> {
     certificate.valid_dns_names().map(str::to_owned).collect()
 }
 
+/// Whether a certificate is issued by an authority, both as PEM, and valid now.
+#[must_use]
+pub fn is_issued_by(certificate: &str, authority: &str) -> bool {
+    let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).ok();
+    let (Some(certificate), Some(authority)) = (der(certificate), der(authority)) else { return false };
+    let mut roots = RootCertStore::empty();
+    if roots.add(authority).is_err() {
+        return false;
+    }
+    let chain = [certificate];
+    let issued = |purpose| verify(&chain, purpose, &roots.roots) == Some(Ok(()));
+    issued(KeyUsage::client_auth()) || issued(KeyUsage::server_auth())
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
@@ -198,27 +212,37 @@ fn identity(dir: &Path, side: &str, purpose: KeyUsage, roots: Option<&RootCertSt
 fn check(
     path: &Path,
     chain: &[CertificateDer<'_>],
-    purpose: impl ExtendedKeyUsageValidator,
+    purpose: KeyUsage,
     roots: Option<&RootCertStore>,
 ) -> Result<(), TlsError> {
-    let Some((own, issuers)) = chain.split_first() else { return Ok(()) };
     let anchors = roots.map_or(&[][..], |roots| &roots.roots);
-    let parsed = EndEntityCert::try_from(own).map_err(|e| unfit(path, e))?;
-    let verified =
-        parsed.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, anchors, issuers, UnixTime::now(), purpose, None, None);
-    match verified {
-        Ok(_) => Ok(()),
-        Err(webpki::Error::CertExpired { .. }) => Err(TlsError::Expired { path: path.to_owned() }),
-        Err(webpki::Error::CertNotValidYet { .. }) => Err(TlsError::NotYetValid { path: path.to_owned() }),
-        Err(webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey) => {
+    match verify(chain, purpose, anchors) {
+        None | Some(Ok(())) => Ok(()),
+        Some(Err(webpki::Error::CertExpired { .. })) => Err(TlsError::Expired { path: path.to_owned() }),
+        Some(Err(webpki::Error::CertNotValidYet { .. })) => Err(TlsError::NotYetValid { path: path.to_owned() }),
+        Some(Err(webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey)) => {
             // A server may have its certificate from elsewhere, and trust clients of this CA only.
             if roots.is_some() {
                 warn!("{} is not issued by {CA} beside it: peers that know only that CA refuse it", path.display());
             }
             Ok(())
         }
-        Err(other) => Err(unfit(path, other)),
+        Some(Err(other)) => Err(unfit(path, other)),
     }
+}
+
+/// Verifies the first certificate of a chain; `None` if it is empty.
+fn verify(
+    chain: &[CertificateDer<'_>],
+    purpose: KeyUsage,
+    anchors: &[TrustAnchor<'_>],
+) -> Option<Result<(), webpki::Error>> {
+    let (own, issuers) = chain.split_first()?;
+    let verified = EndEntityCert::try_from(own).and_then(|own| {
+        let algorithms = webpki::ALL_VERIFICATION_ALGS;
+        own.verify_for_usage(algorithms, anchors, issuers, UnixTime::now(), purpose, None, None).map(|_| ())
+    });
+    Some(verified)
 }
 
 fn roots(dir: &Path) -> Result<Arc<RootCertStore>, TlsError> {

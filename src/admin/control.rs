@@ -75,6 +75,7 @@ impl OrderRefused {
 struct AddBody {
     name: String,
     address: Option<Endpoint>,
+    certificate: Option<String>,
     path: Option<std::path::PathBuf>,
     image: Option<std::path::PathBuf>,
 }
@@ -160,7 +161,10 @@ fn add_order(body: AddBody) -> Result<Order, String> {
     let is_relative = |path: &std::path::PathBuf| !path.is_absolute();
     let place = match (body.address, body.path, body.image) {
         (Some(Endpoint::Tcp { port: 0, .. }), ..) => return Err("the address has port 0".to_owned()),
-        (Some(address), None, None) => ReplicaPlace::Agent(address),
+        (Some(address), None, None) => ReplicaPlace::Agent { address, certificate: body.certificate },
+        (None, ..) if body.certificate.is_some() => {
+            return Err("`certificate` is possible only beside `address`".to_owned());
+        }
         (None, Some(path), image) if is_relative(&path) || image.as_ref().is_some_and(is_relative) => {
             return Err("`path` and `image` must be absolute".to_owned());
         }
@@ -195,7 +199,7 @@ mod tests {
 
     #[test]
     fn each_path_is_one_order() {
-        let place = ReplicaPlace::Agent("h:1".parse().expect("an address"));
+        let place = ReplicaPlace::Agent { address: "h:1".parse().expect("an address"), certificate: None };
         let add = Order::AddReplica(ReplicaConfig { name: "d".to_owned(), place });
         assert_eq!(order("/volumes/vol0/replicas", r#"{"name":"d","address":"h:1"}"#), Ok(add));
         let remove = Order::RemoveReplica { replica: "d".to_owned() };
@@ -221,6 +225,7 @@ mod tests {
             ("replicas", r#"{"name":"d","address":"h:0"}"#, "port 0"),
             ("replicas", r#"{"name":"d","address":"h:1","path":"/d"}"#, "either `address`"),
             ("replicas", r#"{"name":"d","path":"d"}"#, "absolute"),
+            ("replicas", r#"{"name":"d","path":"/d","certificate":"d"}"#, "only beside `address`"),
             ("replicas", r#"{"name":"d","adress":"h:1"}"#, "unknown field `adress`"),
             ("replicas/..", "", "is not allowed"),
             ("resize", r#"{"size":"2GB"}"#, "unknown unit"),

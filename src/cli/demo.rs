@@ -31,6 +31,7 @@ pub(super) async fn run(args: DemoArgs) -> Result<(), Failure> {
     if let Some(listen) = args.admin {
         config.admin.listen = listen;
     }
+    config.check(&config_file).map_err(unusable)?;
     serve::run(&config, false, |uri, admin| announce(uri, admin, &dir)).await
 }
 

@@ -79,7 +79,9 @@ pub(super) async fn activate(args: ActivateArgs) -> Result<(), Failure> {
 async fn add_replica(url: &AdminUrl, volume: &str, replica: &str, place: &ReplicaPlace) -> Result<(), Failure> {
     checked(replica)?;
     let body = match place {
-        ReplicaPlace::Agent(address) => json!({ "name": replica, "address": address.to_string() }),
+        ReplicaPlace::Agent { address, certificate } => {
+            json!({ "name": replica, "address": address.to_string(), "certificate": certificate })
+        }
         ReplicaPlace::Embedded { path, image } => json!({ "name": replica, "path": path, "image": image }),
     };
     let path = format!("{}/replicas", volume_path(volume)?);
@@ -120,7 +122,7 @@ fn replica_path(volume: &str, replica: &str) -> Result<String, Failure> {
 /// The place that was asked for; paths are made absolute, as the engine may run elsewhere.
 fn place_of(args: PlaceArgs) -> Result<ReplicaPlace, Failure> {
     match (args.address, args.path) {
-        (Some(address), _) => Ok(ReplicaPlace::Agent(address)),
+        (Some(address), _) => Ok(ReplicaPlace::Agent { address, certificate: args.certificate }),
         (None, Some(path)) => {
             let image = args.image.as_deref().map(absolute).transpose()?;
             Ok(ReplicaPlace::Embedded { path: absolute(&path)?, image })

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::PROGRAM;
 use crate::admin::client::AdminUrl;
 use crate::admin::{AdminError, AdminServer};
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, ReplicaPlace};
 use crate::runtime::{Engine, EngineEvent, StartError, StartOptions, refusal_remedy};
 
 /// Reasons why volumes wait that are remembered, so that each is told once.
@@ -34,6 +34,7 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     warn_if_open("nbd.listen", &config.nbd.listen);
     warn_if_open("admin.listen", &config.admin.listen);
+    warn_of_open_agents(config);
     let mut signals = ShutdownSignals::install()?;
     let admin = AdminServer::bind(&config.admin.listen).await.map_err(admin_failure)?;
     let admin_url = AdminUrl::from(admin.local_address());
@@ -121,6 +122,24 @@ fn admin_failure(error: AdminError) -> Failure {
         AdminError::NotTcp { .. } => Failure::usage(&error),
     };
     failure.remedy(error.remedy())
+}
+
+fn warn_of_open_agents(config: &EngineConfig) {
+    if config.agents.certificates.is_some() {
+        return;
+    }
+    let replicas = config.volumes.iter().flat_map(|volume| &volume.replicas);
+    let open: Vec<String> = replicas.filter_map(|replica| open_address(&replica.place)).collect();
+    if !open.is_empty() {
+        tracing::warn!("data goes to {} without encryption or authentication", open.join(", "));
+    }
+}
+
+fn open_address(place: &ReplicaPlace) -> Option<String> {
+    match place {
+        ReplicaPlace::Agent { address, .. } => (!address.is_local()).then(|| address.to_string()),
+        ReplicaPlace::Embedded { .. } => None,
+    }
 }
 
 fn warn_if_open(key: &str, address: &Endpoint) {

@@ -12,7 +12,12 @@ pub(super) fn added(volume: &str, replica: &str, place: &ReplicaPlace) -> String
         quoted(replica)
     );
     match place {
-        ReplicaPlace::Agent(address) => text.push_str(&format!("  address = {}\n", quoted(&address.to_string()))),
+        ReplicaPlace::Agent { address, certificate } => {
+            text.push_str(&format!("  address = {}\n", quoted(&address.to_string())));
+            if let Some(certificate) = certificate {
+                text.push_str(&format!("  certificate = {}\n", quoted(certificate)));
+            }
+        }
         ReplicaPlace::Embedded { path, image } => {
             text.push_str(&format!("  path = {}\n", quoted(&path.display().to_string())));
             if let Some(image) = image {
@@ -59,15 +64,20 @@ mod tests {
     /// A config with this replica added to it.
     fn config(text: &str) -> EngineConfig {
         let start = text.find("[[").expect("a table");
-        let text = format!("[[volume]]\nname = \"vol0\"\nsize = \"1GiB\"\n{}", &text[start..]);
+        let text = format!(
+            "[agents]\ncertificates = \"certs\"\n[[volume]]\nname = \"vol0\"\nsize = \"1GiB\"\n{}",
+            &text[start..]
+        );
         EngineConfig::parse(std::path::Path::new("/c/engine.toml"), &text).expect(&text)
     }
 
     #[test]
     fn what_is_to_be_added_to_the_config_means_the_replica_that_was_added() {
-        let agent = ReplicaPlace::Agent("127.0.0.1:10814".parse().expect("an address"));
+        let address: listener_agent::config::Endpoint = "127.0.0.1:10814".parse().expect("an address");
+        let named = ReplicaPlace::Agent { address: address.clone(), certificate: Some("node-d".to_owned()) };
+        let agent = ReplicaPlace::Agent { address, certificate: None };
         let odd = ReplicaPlace::Embedded { path: "/a \"b\"\\\u{7}/c".into(), image: Some("/dev/x".into()) };
-        for place in [agent, odd] {
+        for place in [agent, named, odd] {
             let config = config(&added("vol0", "d", &place));
             let replica = &config.volumes[0].replicas[0];
             assert_eq!((replica.name.as_str(), &replica.place), ("d", &place));

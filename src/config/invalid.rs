@@ -117,6 +117,30 @@ pub enum InvalidValue {
         /// The value found.
         value: Endpoint,
     },
+    /// The admin server where other machines can connect.
+    #[error("admin.listen = \"{value}\": whoever connects there can destroy volumes, and HTTP has no encryption here")]
+    OpenAdmin {
+        /// The value found.
+        value: Endpoint,
+    },
+    /// An agent on another machine without TLS.
+    #[error("address = \"{value}\": data would go to another machine without encryption and without authentication")]
+    OpenAgent {
+        /// The value found.
+        value: Endpoint,
+    },
+    /// A certificate's name where no certificates are used.
+    #[error("certificate = {name:?}, but agents are reached without TLS")]
+    CertificateWithoutTls {
+        /// The name found.
+        name: String,
+    },
+    /// A name that no certificate can bear.
+    #[error("{name:?} cannot be the name in a certificate: it is no DNS name")]
+    CertificateName {
+        /// The name found.
+        name: String,
+    },
     /// A replica's address with port 0, to which nothing can connect.
     #[error("address = \"{value}\" has port 0; allowed: 1 to 65535")]
     AddressWithoutPort {
@@ -161,6 +185,22 @@ impl InvalidConfig {
             }
             InvalidValue::Description { .. } => "shorten the description".to_owned(),
             InvalidValue::AdminNotTcp { .. } => "set admin.listen to host:port, such as 127.0.0.1:10808".to_owned(),
+            InvalidValue::OpenAdmin { .. } => {
+                "listen at 127.0.0.1 and use a tunnel (`ssh -L 10808:127.0.0.1:10808 HOST`), or allow it with \
+                 `insecure = true` in [admin]"
+                    .to_owned()
+            }
+            InvalidValue::OpenAgent { .. } => {
+                "set `certificates` in [agents] (`nbdcast certs` makes them), or allow it with `insecure = true` there"
+                    .to_owned()
+            }
+            InvalidValue::CertificateWithoutTls { .. } => {
+                "set `certificates` in [agents], or leave `certificate` out".to_owned()
+            }
+            InvalidValue::CertificateName { .. } => {
+                "set the replica's `certificate` to a name such as \"node-a\", and make the agent's certificate for it"
+                    .to_owned()
+            }
             InvalidValue::AddressWithoutPort { .. } => {
                 "write the port that the listener agent prints when it is ready".to_owned()
             }

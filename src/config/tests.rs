@@ -209,3 +209,50 @@ fn an_unknown_key_deep_in_the_file_is_found() {
         "4: volume \"vol0\", ack, write: \"both\" is not possible here; choose one of \"first\", \"majority\", \"all\""
     );
 }
+
+/// A config of one volume with an agent at `address`; `replica` adds lines to the replica, `head` comes first.
+fn remote(head: &str, address: &str, replica: &str) -> String {
+    format!(
+        "{head}\n[[volume]]\nname = \"vol0\"\nsize = \"1GiB\"\n\
+         [[volume.replica]]\nname = \"a\"\naddress = \"{address}\"\n{replica}\n"
+    )
+}
+
+#[test]
+fn no_door_is_open_unless_it_is_said() {
+    let (message, remedy) = refusal(&remote("", "10.0.0.1:1", ""));
+    assert!(message.starts_with("volume \"vol0\", replica \"a\": address = \"10.0.0.1:1\": "), "{message}");
+    assert!(remedy.contains("`certificates` in [agents]") && remedy.contains("insecure = true"), "{remedy}");
+    parse(&remote("[agents]\ninsecure = true", "10.0.0.1:1", "")).expect("it is said");
+    let config = parse(&remote("[agents]\ncertificates = \"c\"", "10.0.0.1:1", "")).expect("TLS");
+    assert_eq!(config.agents.certificates.as_deref(), Some(Path::new("/etc/c")));
+    parse(&remote("", "127.0.0.1:1", "")).expect("loopback");
+
+    let admin = |keys: &str| format!("[admin]\nlisten = \"0.0.0.0:10808\"\n{keys}\n{}", text(""));
+    let (message, remedy) = refusal(&admin(""));
+    assert!(message.starts_with("admin.listen = \"0.0.0.0:10808\": "), "{message}");
+    assert!(remedy.contains("tunnel") && remedy.contains("`insecure = true` in [admin]"), "{remedy}");
+    parse(&admin("insecure = true")).expect("it is said");
+}
+
+#[test]
+fn the_name_in_an_agents_certificate_is_that_of_its_replica_or_what_is_said() {
+    let tls = "[agents]\ncertificates = \"c\"";
+    let name = |config: EngineConfig| config.volumes[0].replicas[0].certificate().map(str::to_owned);
+    assert_eq!(name(parse(&remote(tls, "h:1", "")).expect("valid")).as_deref(), Some("a"));
+    let config = parse(&remote(tls, "h:1", "certificate = \"node-a\"")).expect("valid");
+    assert_eq!(name(config).as_deref(), Some("node-a"));
+
+    let numbered = remote(tls, "h:1", "").replace("name = \"a\"", "name = \"10\"");
+    let (message, remedy) = refusal(&numbered);
+    assert!(message.contains("\"10\" cannot be the name in a certificate") && remedy.contains("`certificate`"));
+    parse(&format!("{numbered}certificate = \"node-10\"")).expect("another name");
+    assert!(refusal(&remote(tls, "h:1", "certificate = \"10.0.0.1\"")).0.contains("no DNS name"));
+    let (message, remedy) = refusal(&remote("", "127.0.0.1:1", "certificate = \"node-a\""));
+    assert!(message.contains("agents are reached without TLS") && remedy.contains("[agents]"), "{message}");
+
+    let twice = remote(tls, "h:1", "[[volume.replica]]\nname = \"A\"\naddress = \"h:2\"");
+    assert!(refusal(&twice).0.contains("certificate = \"A\" is used twice, by replica \"a\" too"));
+    let embedded = text("").replace("path = \"/r/a\"", "path = \"/r/a\"\ncertificate = \"a\"");
+    assert!(refusal(&format!("{tls}\n{embedded}")).0.contains("only beside `address`"));
+}

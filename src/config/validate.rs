@@ -8,7 +8,7 @@ use listener_agent::config::{ByteSize, Endpoint};
 use protocol::VOLUME_BYTES_MAX;
 
 use super::invalid::{DESCRIPTION_BYTES_MAX, InvalidConfig, InvalidValue, NAME_BYTES_MAX, REPLICAS_MAX};
-use super::{BLOCK, EngineConfig, ReplicaConfig, ReplicaPlace, VolumeConfig};
+use super::{AgentsConfig, BLOCK, EngineConfig, ReplicaConfig, ReplicaPlace, VolumeConfig};
 
 /// Checks a name of a volume or replica: it becomes a directory, an export and a label.
 pub fn check_name(name: &str) -> Result<(), InvalidValue> {
@@ -33,6 +33,9 @@ pub(super) fn validate(config: &EngineConfig) -> Result<(), InvalidConfig> {
     if let Endpoint::Unix(_) = config.admin.listen {
         let value = config.admin.listen.clone();
         return Err(InvalidValue::AdminNotTcp { value }.into());
+    }
+    if !config.admin.insecure && !config.admin.listen.is_local() {
+        return Err(InvalidValue::OpenAdmin { value: config.admin.listen.clone() }.into());
     }
     let shared = config.nbd.listen == config.admin.listen;
     if let (true, Endpoint::Tcp { port: 1.., .. }) = (shared, &config.admin.listen) {
@@ -60,7 +63,7 @@ pub(super) fn validate(config: &EngineConfig) -> Result<(), InvalidConfig> {
         }
         let quoted = format!("{:?}", volume.name);
         validate_volume(volume).map_err(|value| in_volume(&quoted, value))?;
-        validate_replicas(volume)?;
+        validate_replicas(volume, &config.agents)?;
     }
     validate_images(config)
 }
@@ -102,7 +105,7 @@ fn validate_volume(volume: &VolumeConfig) -> Result<(), InvalidValue> {
 }
 
 /// Names, addresses and paths of one volume's replicas: two copies in one place would be one copy.
-fn validate_replicas(volume: &VolumeConfig) -> Result<(), InvalidConfig> {
+fn validate_replicas(volume: &VolumeConfig, agents: &AgentsConfig) -> Result<(), InvalidConfig> {
     let place = |replica: String, value| InvalidConfig {
         volume: Some(format!("{:?}", volume.name)),
         replica: Some(replica),
@@ -122,17 +125,25 @@ fn validate_replicas(volume: &VolumeConfig) -> Result<(), InvalidConfig> {
             return Err(place(numbered, value));
         }
         let quoted = format!("{:?}", replica.name);
-        if let ReplicaPlace::Agent(address @ Endpoint::Tcp { port: 0, .. }) = &replica.place {
+        if let ReplicaPlace::Agent { address: address @ Endpoint::Tcp { port: 0, .. }, .. } = &replica.place {
             let value = address.clone();
             return Err(place(quoted, InvalidValue::AddressWithoutPort { value }));
         }
+        agents.check(replica).map_err(|value| place(quoted.clone(), value))?;
         for other in earlier {
+            if let Some(name) = replica.certificate().filter(|_| agents.certificates.is_some())
+                && other.certificate().is_some_and(|earlier| earlier.eq_ignore_ascii_case(name))
+            {
+                return Err(place(quoted, duplicate("certificate", name.to_owned(), other)));
+            }
             let (key, value) = match (&replica.place, &other.place) {
-                (ReplicaPlace::Agent(a), ReplicaPlace::Agent(b)) if a == b => ("address", a.to_string()),
+                (ReplicaPlace::Agent { address: a, .. }, ReplicaPlace::Agent { address: b, .. }) if a == b => {
+                    ("address", a.to_string())
+                }
                 (ReplicaPlace::Embedded { path: a, .. }, ReplicaPlace::Embedded { path: b, .. }) if a == b => {
                     ("path", a.display().to_string())
                 }
-                (ReplicaPlace::Agent(_) | ReplicaPlace::Embedded { .. }, _) => continue,
+                (ReplicaPlace::Agent { .. } | ReplicaPlace::Embedded { .. }, _) => continue,
             };
             return Err(place(quoted, duplicate(key, value, other)));
         }

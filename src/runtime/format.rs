@@ -9,15 +9,15 @@ use listener_agent::config::{ByteSize, Endpoint};
 use listener_agent::connection::{ConnectionError, FrameReader, write_frames};
 use listener_agent::directory::{self, DirectoryError, NewReplica};
 use listener_agent::superblock::Identity;
+use listener_agent::tls::TlsError;
 use protocol::message::{Format, Hello, RefusedReason};
 use protocol::wire::{Prefix, frame_to_agent};
 use protocol::{Epoch, ToAgent, ToEngine, View, VolumeUuid};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
 use tracing::info;
 
+use super::dial::{Agents, Reader, Trouble, Writer};
 use super::seat::name;
-use crate::config::{EngineConfig, ReplicaPlace, VolumeConfig};
+use crate::config::{EngineConfig, ReplicaConfig, ReplicaPlace, VolumeConfig};
 
 const GREET_MAX: Duration = Duration::from_secs(5);
 /// Formatting writes the whole journal.
@@ -34,6 +34,9 @@ pub enum CreateError {
         /// The names there are.
         known: String,
     },
+    /// The certificates for agents cannot be used.
+    #[error("agents.certificates: {0}")]
+    Tls(#[from] TlsError),
     /// A replica cannot be made.
     #[error(transparent)]
     Replica(#[from] FormatError),
@@ -62,7 +65,7 @@ pub enum FormatError {
         /// Where the agent should be.
         address: Endpoint,
         /// Why.
-        cause: ConnectionError,
+        cause: Trouble,
     },
     /// An agent refuses.
     #[error("volume {volume}, replica {replica}: the agent at {address} refuses: {text}")]
@@ -83,7 +86,7 @@ impl CreateError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            CreateError::NoVolume { .. } => 2,
+            CreateError::NoVolume { .. } | CreateError::Tls(_) => 2,
             CreateError::Replica(_) => 1,
         }
     }
@@ -93,6 +96,7 @@ impl CreateError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             CreateError::NoVolume { .. } => Some("give one of these names, or none for all".to_owned()),
+            CreateError::Tls(cause) => Some(cause.remedy()),
             CreateError::Replica(cause) => cause.remedy(),
         }
     }
@@ -104,9 +108,10 @@ impl FormatError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             FormatError::Directory { cause, .. } => cause.remedy(),
-            FormatError::Agent { address, .. } => {
-                Some(format!("start it: listener-agent --listen {address} --data DIR; or correct `address`"))
-            }
+            FormatError::Agent { address, cause, .. } => Some(cause.remedy().map_or_else(
+                || format!("start it: listener-agent --listen {address} --data DIR; or correct `address`"),
+                str::to_owned,
+            )),
             FormatError::Refused { .. } => {
                 Some("to begin anew, stop the agent and move its DATA/VOLUME directory away first".to_owned())
             }
@@ -118,10 +123,10 @@ impl FormatError {
 pub(super) struct Target<'a> {
     /// The name of its volume.
     pub(super) volume: &'a str,
-    /// Its own name.
-    pub(super) replica: &'a str,
-    /// Where.
-    pub(super) place: &'a ReplicaPlace,
+    /// Its name, and where it is to be.
+    pub(super) replica: &'a ReplicaConfig,
+    /// How agents are reached.
+    pub(super) agents: &'a Agents,
 }
 
 /// What it is to be.
@@ -150,29 +155,29 @@ pub(super) enum Found {
 
 impl Target<'_> {
     fn directory_error(&self, cause: DirectoryError) -> FormatError {
-        FormatError::Directory { volume: self.volume.to_owned(), replica: self.replica.to_owned(), cause }
+        FormatError::Directory { volume: self.volume.to_owned(), replica: self.replica.name.clone(), cause }
     }
 
-    fn agent_error(&self, address: &Endpoint, cause: impl Into<ConnectionError>) -> FormatError {
-        let (volume, replica) = (self.volume.to_owned(), self.replica.to_owned());
+    fn agent_error(&self, address: &Endpoint, cause: impl Into<Trouble>) -> FormatError {
+        let (volume, replica) = (self.volume.to_owned(), self.replica.name.clone());
         FormatError::Agent { volume, replica, address: address.clone(), cause: cause.into() }
     }
 
     fn refused(&self, address: &Endpoint, text: String) -> FormatError {
-        let (volume, replica) = (self.volume.to_owned(), self.replica.to_owned());
+        let (volume, replica) = (self.volume.to_owned(), self.replica.name.clone());
         FormatError::Refused { volume, replica, address: address.clone(), text }
     }
 
     /// The refusal of a place with data of another volume.
     pub(super) fn has_data(&self, uuid: VolumeUuid) -> FormatError {
-        match self.place {
+        match &self.replica.place {
             ReplicaPlace::Embedded { path, .. } => self.directory_error(DirectoryError::HasData {
                 path: self.dir(path),
                 volume: self.volume.to_owned(),
-                replica: self.replica.to_owned(),
+                replica: self.replica.name.clone(),
                 uuid,
             }),
-            ReplicaPlace::Agent(address) => self.refused(address, format!("it holds data of volume {uuid}")),
+            ReplicaPlace::Agent { address, .. } => self.refused(address, format!("it holds data of volume {uuid}")),
         }
     }
 
@@ -190,10 +195,11 @@ pub async fn create(config: &EngineConfig, volume: Option<&str>) -> Result<Vec<S
         let known: Vec<&str> = config.volumes.iter().map(|v| v.name.as_str()).collect();
         return Err(CreateError::NoVolume { volume: volume.to_owned(), known: known.join(", ") });
     }
+    let agents = Agents::new(&config.agents)?;
     let mut lines = Vec::new();
     for volume in chosen {
         let targets =
-            || volume.replicas.iter().map(|r| Target { volume: &volume.name, replica: &r.name, place: &r.place });
+            || volume.replicas.iter().map(|replica| Target { volume: &volume.name, replica, agents: &agents });
         for target in targets() {
             match look_at(&target).await? {
                 Found::Nothing | Found::Unserved(_) => {}
@@ -204,13 +210,13 @@ pub async fn create(config: &EngineConfig, volume: Option<&str>) -> Result<Vec<S
             uuid: VolumeUuid(*uuid::Uuid::new_v4().as_bytes()),
             size_bytes: volume.size.bytes(),
             journal_bytes: volume.journal_size().bytes(),
-            view: View::new(targets().map(|t| name(t.replica)).collect())
+            view: View::new(targets().map(|t| name(&t.replica.name)).collect())
                 .expect("replicas are checked with the configuration"),
             syncing: false,
         };
         for target in targets() {
             format(&target, &shape).await?;
-            lines.push(format!("created volume {} ({}), replica {}", volume.name, shape.uuid, target.replica));
+            lines.push(format!("created volume {} ({}), replica {}", volume.name, shape.uuid, target.replica.name));
         }
     }
     Ok(lines)
@@ -219,18 +225,18 @@ pub async fn create(config: &EngineConfig, volume: Option<&str>) -> Result<Vec<S
 /// What is where the replica is to be. An error if it is something else than a replica of this name and of a volume of
 /// this name, or cannot be reached.
 pub(super) async fn look_at(target: &Target<'_>) -> Result<Found, FormatError> {
-    match target.place {
+    match &target.replica.place {
         ReplicaPlace::Embedded { path, .. } => match directory::refuse_data(&target.dir(path)) {
             Ok(()) => Ok(Found::Nothing),
             Err(DirectoryError::HasData { volume, replica, uuid, .. })
-                if volume == target.volume && replica == target.replica =>
+                if volume == target.volume && replica == target.replica.name =>
             {
                 Ok(Found::Replica(uuid))
             }
             Err(e) => Err(target.directory_error(e)),
         },
-        ReplicaPlace::Agent(address) => {
-            let (volume, replica) = (name(target.volume), name(target.replica));
+        ReplicaPlace::Agent { address, .. } => {
+            let (volume, replica) = (name(target.volume), name(&target.replica.name));
             let hello = ToAgent::Hello(Hello { volume, replica, engine: *uuid::Uuid::new_v4().as_bytes() });
             match ask(target, address, hello, GREET_MAX).await? {
                 ToEngine::Welcome(welcome) if welcome.promised == Epoch(0) => Ok(Found::Unserved(welcome.uuid)),
@@ -247,9 +253,9 @@ pub(super) async fn look_at(target: &Target<'_>) -> Result<Found, FormatError> {
 pub(super) async fn format(target: &Target<'_>, shape: &Shape) -> Result<(), FormatError> {
     let Shape { uuid, size_bytes, journal_bytes, ref view, syncing } = *shape;
     let journal = ByteSize::from_bytes(journal_bytes);
-    info!("volume {}, replica {}: formatting, journal of {journal}", target.volume, target.replica);
-    let (volume, replica, view) = (name(target.volume), name(target.replica), view.clone());
-    match target.place {
+    info!("volume {}, replica {}: formatting, journal of {journal}", target.volume, target.replica.name);
+    let (volume, replica, view) = (name(target.volume), name(&target.replica.name), view.clone());
+    match &target.replica.place {
         ReplicaPlace::Embedded { path, image } => {
             let identity = Identity { uuid, volume, replica, size_bytes, journal_bytes };
             let new = NewReplica { identity, view, image: image.clone(), syncing };
@@ -259,7 +265,7 @@ pub(super) async fn format(target: &Target<'_>, shape: &Shape) -> Result<(), For
             let made = tokio::task::spawn_blocking(move || directory::create(&making, &new)).await;
             made.unwrap_or_else(|e| Err(io_failed(e))).map_err(|e| target.directory_error(e))
         }
-        ReplicaPlace::Agent(address) => {
+        ReplicaPlace::Agent { address, .. } => {
             let format = Format { volume, replica, uuid, size_bytes, journal_bytes, view, syncing };
             match ask(target, address, ToAgent::Format(format), FORMAT_MAX).await? {
                 ToEngine::Formatted => Ok(()),
@@ -277,28 +283,17 @@ async fn ask(
     question: ToAgent,
     time_max: Duration,
 ) -> Result<ToEngine, FormatError> {
-    let timed_out = |_| ConnectionError::Io(std::io::ErrorKind::TimedOut.into());
+    let timed_out = |_| Trouble::from(ConnectionError::Io(std::io::ErrorKind::TimedOut.into()));
     let asking = async {
-        match address {
-            Endpoint::Tcp { host, port } => {
-                let (reader, writer) = TcpStream::connect((host.as_str(), *port)).await?.into_split();
-                converse(reader, writer, question).await
-            }
-            Endpoint::Unix(path) => {
-                let (reader, writer) = UnixStream::connect(path).await?.into_split();
-                converse(reader, writer, question).await
-            }
-        }
+        let certificate = target.replica.certificate().unwrap_or(&target.replica.name);
+        let (reader, writer) = target.agents.way_to(address, certificate).connect().await?;
+        converse(reader, writer, question).await.map_err(Trouble::from)
     };
     let answered = tokio::time::timeout(time_max, asking).await.map_err(timed_out).and_then(|answer| answer);
     answered.map_err(|e| target.agent_error(address, e))
 }
 
-async fn converse(
-    reader: impl AsyncRead + Unpin,
-    mut writer: impl AsyncWrite + Unpin,
-    question: ToAgent,
-) -> Result<ToEngine, ConnectionError> {
+async fn converse(reader: Reader, mut writer: Writer, question: ToAgent) -> Result<ToEngine, ConnectionError> {
     write_frames(&mut writer, vec![frame_to_agent(&question)]).await?;
     let mut answers = FrameReader::new(reader).read(Prefix::to_engine).await?;
     answers.drain(..).next().ok_or(ConnectionError::Closed)

@@ -1,4 +1,4 @@
-//! The connection to a listener agent: dials, greets, writes what the volume has for the agent, reads what it says, and
+//! The connection to a listener agent: has it dialled, greets, writes what the volume has for the agent, reads what it says, and
 //! dials again when the connection is lost. What is said is the volume's business.
 
 use std::pin::pin;
@@ -6,18 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use listener_agent::config::Endpoint;
 use listener_agent::connection::{ConnectionError, FrameReader, write_frames};
 use protocol::wire::{Prefix, frame_to_agent};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::dial::{Reader, Trouble, Way, Writer};
 use super::seat::Seat;
 
-const DIAL_MAX: Duration = Duration::from_secs(2);
 const REDIAL_MIN: Duration = Duration::from_millis(50);
 const REDIAL_MAX: Duration = Duration::from_secs(1);
 /// Records taken for one write to the socket, bytes.
@@ -36,18 +34,18 @@ struct Signals {
 
 /// A link to an agent.
 pub(super) struct AgentLink {
-    endpoint: Endpoint,
+    way: Arc<Way>,
     signals: Arc<Signals>,
     task: OnceLock<AbortHandle>,
 }
 
 impl AgentLink {
-    pub(super) fn new(endpoint: Endpoint) -> AgentLink {
-        AgentLink { endpoint, signals: Arc::default(), task: OnceLock::new() }
+    pub(super) fn new(way: Way) -> AgentLink {
+        AgentLink { way: Arc::new(way), signals: Arc::default(), task: OnceLock::new() }
     }
 
     pub(super) fn start(&self, seat: Arc<Seat>) {
-        let dialer = Dialer { endpoint: self.endpoint.clone(), signals: self.signals.clone(), seat };
+        let dialer = Dialer { way: self.way.clone(), signals: self.signals.clone(), seat };
         let _ = self.task.set(tokio::spawn(dialer.run()).abort_handle());
     }
 
@@ -80,7 +78,7 @@ impl Drop for AgentLink {
 }
 
 struct Dialer {
-    endpoint: Endpoint,
+    way: Arc<Way>,
     signals: Arc<Signals>,
     seat: Arc<Seat>,
 }
@@ -106,36 +104,14 @@ impl Dialer {
 
     /// Returns why the connection ended.
     async fn connect_and_serve(&self) -> String {
-        let endpoint = &self.endpoint;
-        match endpoint {
-            Endpoint::Tcp { host, port } => {
-                match tokio::time::timeout(DIAL_MAX, TcpStream::connect((host.as_str(), *port))).await {
-                    Ok(Ok(stream)) => {
-                        if let Err(e) = stream.set_nodelay(true) {
-                            return format!("cannot use the connection to {endpoint}: {e}");
-                        }
-                        let (reader, writer) = stream.into_split();
-                        self.serve(reader, writer).await
-                    }
-                    Ok(Err(e)) => format!("cannot connect to {endpoint}: {e}"),
-                    Err(_) => format!("cannot connect to {endpoint}: no answer within {DIAL_MAX:?}"),
-                }
-            }
-            Endpoint::Unix(path) => match UnixStream::connect(path).await {
-                Ok(stream) => {
-                    let (reader, writer) = stream.into_split();
-                    self.serve(reader, writer).await
-                }
-                Err(e) => format!("cannot connect to {endpoint}: {e}"),
-            },
+        match self.way.connect().await {
+            Ok((reader, writer)) => self.serve(reader, writer).await,
+            Err(trouble) => format!("{}: {}", self.way.endpoint, trouble.line()),
         }
     }
 
-    async fn serve<R, W>(&self, reader: R, writer: W) -> String
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
+    async fn serve(&self, reader: Reader, writer: Writer) -> String {
+        let endpoint = &self.way.endpoint;
         // What was wanted of an earlier connection does not concern this one.
         let mut ended_by_volume = pin!(self.signals.disconnect.notified());
         if ended_by_volume.as_mut().enable() {
@@ -148,15 +124,15 @@ impl Dialer {
         let ended = tokio::select! {
             ended = self.write(writer) => ended,
             ended = self.read(FrameReader::new(reader)) => ended,
-            () = ended_by_volume => return format!("the connection to {} was closed by the engine", self.endpoint),
+            () = ended_by_volume => return format!("the connection to {endpoint} was closed by the engine"),
         };
         match ended {
-            Ok(()) => format!("the connection to {} ended", self.endpoint),
-            Err(e) => format!("{}: {e}", self.endpoint),
+            Ok(()) => format!("the connection to {endpoint} ended"),
+            Err(e) => format!("{endpoint}: {}", Trouble::from(e).line()),
         }
     }
 
-    async fn read<R: AsyncRead + Unpin>(&self, mut reader: FrameReader<R>) -> Result<(), ConnectionError> {
+    async fn read(&self, mut reader: FrameReader<Reader>) -> Result<(), ConnectionError> {
         loop {
             let messages = reader.read(Prefix::to_engine).await?;
             if !self.seat.received(messages) {
@@ -165,7 +141,7 @@ impl Dialer {
         }
     }
 
-    async fn write<W: AsyncWrite + Unpin>(&self, mut writer: W) -> Result<(), ConnectionError> {
+    async fn write(&self, mut writer: Writer) -> Result<(), ConnectionError> {
         loop {
             let finishing = self.signals.finishing.load(Ordering::SeqCst);
             let Some(messages) = self.seat.take_outbox(BATCH_BYTES) else { return Ok(writer.shutdown().await?) };

@@ -1,10 +1,11 @@
 //! The engine at work: joins the volumes' state machines with the NBD server, the agents and the clock.
 //!
-//! [`volume_task`] holds a volume and carries out what it wants, [`front`] lets its clients in, [`link`] keeps the connection to a listener agent,
+//! [`volume_task`] holds a volume and carries out what it wants, [`front`] lets its clients in, [`link`] keeps the connection to a listener agent that [`dial`] makes,
 //! [`embedded`] does the same for a replica in this process, [`seat`] ties either to its volume, [`format`] makes new
 //! replicas, [`orders`] does what an operator asks for, [`report`] says how things stand and [`events`] what happened. No
 //! rule of ordering or replication is made here.
 
+mod dial;
 mod embedded;
 mod events;
 mod format;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use listener_agent::config::Endpoint;
+use listener_agent::tls::TlsError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
@@ -31,6 +33,8 @@ use crate::admin::control::Control;
 use crate::config::EngineConfig;
 use crate::nbd::{BindError, Limits, ListenAddress, NbdServer, PublishError};
 use crate::volume::StartRefusal;
+use dial::Agents;
+pub use dial::Trouble;
 use events::EventLog;
 pub use format::{CreateError, FormatError, create};
 use report::Reporter;
@@ -68,6 +72,9 @@ pub enum StartError {
         /// Why.
         cause: io::Error,
     },
+    /// The certificates for agents cannot be used.
+    #[error("agents.certificates: {0}")]
+    Tls(#[from] TlsError),
     /// A replica in this process cannot be opened, and the volume cannot start without it.
     #[error("volume {volume}, replica {replica}: {cause}")]
     Replica {
@@ -93,7 +100,9 @@ impl StartError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            StartError::Resolve { .. } | StartError::Refused { refusal: StartRefusal::NotConfigured { .. }, .. } => 2,
+            StartError::Resolve { .. }
+            | StartError::Tls(_)
+            | StartError::Refused { refusal: StartRefusal::NotConfigured { .. }, .. } => 2,
             StartError::Bind(_) | StartError::Publish(_) | StartError::Replica { .. } | StartError::Refused { .. } => 1,
         }
     }
@@ -105,6 +114,7 @@ impl StartError {
             // These say it themselves.
             StartError::Bind(_) | StartError::Publish(_) => None,
             StartError::Resolve { .. } => Some("write an IP address and a port, such as 127.0.0.1:10809".to_owned()),
+            StartError::Tls(cause) => Some(cause.remedy()),
             StartError::Replica { cause, .. } => cause.remedy(),
             StartError::Refused { volume, refusal } => Some(refusal_remedy(volume, refusal)),
         }
@@ -242,9 +252,10 @@ impl Engine {
         let server = Arc::new(NbdServer::bind(&address, Vec::new(), limits)?);
         let front = Arc::new(Front { server, stop: watch::Sender::new(false), serving: Mutex::default() });
         let log = Arc::new(EventLog::default());
+        let agents = Arc::new(Agents::new(&config.agents)?);
         let mut volumes = Vec::new();
         for volume in &config.volumes {
-            volumes.push(VolumeTask::start(volume, options.take_over, log.clone()).await?);
+            volumes.push(VolumeTask::start(volume, agents.clone(), options.take_over, log.clone()).await?);
         }
         let (tell, events) = mpsc::channel(EVENTS_QUEUED_MAX);
         let mut following = JoinSet::new();

@@ -13,7 +13,7 @@ use super::report::Reporter;
 use super::seat::{Link, address_of, name};
 use super::volume_task::VolumeTask;
 use crate::admin::control::{Control, Order, OrderOutcome, OrderRefused};
-use crate::config::{ReplicaConfig, ReplicaPlace};
+use crate::config::{InvalidConfig, ReplicaConfig, ReplicaPlace};
 use crate::volume::{Command, CommandRefusal, VolumeState};
 
 /// A growth that takes longer goes on by itself.
@@ -46,7 +46,7 @@ impl Reporter {
     fn use_of(&self, place: &ReplicaPlace) -> Option<String> {
         let image_of = |place: &ReplicaPlace| match place {
             ReplicaPlace::Embedded { image, .. } => image.clone(),
-            ReplicaPlace::Agent(_) => None,
+            ReplicaPlace::Agent { .. } => None,
         };
         let wanted = image_of(place);
         self.volumes.iter().find_map(|task| {
@@ -127,14 +127,18 @@ impl VolumeTask {
         if places.len() >= protocol::REPLICAS_MAX {
             return Err(CommandRefusal::TooMany.into());
         }
+        self.agents.check(&replica).map_err(|value| {
+            let remedy = Some(InvalidConfig::from(value.clone()).remedy());
+            OrderRefused { is_unknown: false, message: format!("replica {}: {value}", replica.name), remedy }
+        })?;
         let address = address_of(&replica.place);
         if places.iter().any(|place| address_of(place) == address) {
             return Err(refused(format!("volume {} has a replica at {address} already", self.name())));
         }
         // One that was removed a moment ago may still hold its directory.
         self.retired().await;
-        let made = self.make_room(&snapshot.view, uuid, &replica.name, &replica.place).await?;
-        let (link, failed) = Link::to(&replica.place, self.name(), &replica.name).await;
+        let made = self.make_room(&snapshot.view, uuid, &replica).await?;
+        let (link, failed) = Link::to(&replica, self.name(), &self.agents).await;
         if let Some(cause) = failed {
             let (message, remedy) = (format!("replica {}: {cause}", replica.name), cause.remedy());
             return Err(OrderRefused { is_unknown: false, message, remedy });
@@ -150,16 +154,15 @@ impl VolumeTask {
         &self,
         view: &[ReplicaName],
         uuid: VolumeUuid,
-        replica: &str,
-        place: &ReplicaPlace,
+        replica: &ReplicaConfig,
     ) -> Result<bool, OrderRefused> {
-        let target = Target { volume: self.name(), replica, place };
+        let target = Target { volume: self.name(), replica, agents: &self.agents };
         match look_at(&target).await? {
             Found::Replica(found) | Found::Unserved(found) if found == uuid => return Ok(false),
             Found::Replica(found) => return Err(target.has_data(found).into()),
             Found::Nothing | Found::Unserved(_) => {}
         }
-        let members = view.iter().cloned().chain([name(replica)]).collect();
+        let members = view.iter().cloned().chain([name(&replica.name)]).collect();
         let view = View::new(members).ok_or(CommandRefusal::TooMany)?;
         let (size_bytes, journal_bytes) = (self.size_bytes(), self.journal_bytes);
         format(&target, &Shape { uuid, size_bytes, journal_bytes, view, syncing: true }).await?;
@@ -175,7 +178,8 @@ impl VolumeTask {
         let seated = snapshot.peers.iter().zip(&places).find(|(peer, _)| peer.name.as_str() == replica);
         let mut made = false;
         if let Some((_, place)) = seated.filter(|(_, place)| !is_member && self.may_be_gone(place)) {
-            made = self.make_room(&snapshot.view, uuid, replica, place).await?;
+            let gone = ReplicaConfig { name: replica.to_owned(), place: place.clone() };
+            made = self.make_room(&snapshot.view, uuid, &gone).await?;
             if made {
                 self.reopen(place).await;
             }
@@ -189,7 +193,7 @@ impl VolumeTask {
     /// Whether it makes sense to look for the replica: the link has opened one in this process that is there.
     fn may_be_gone(&self, place: &ReplicaPlace) -> bool {
         match place {
-            ReplicaPlace::Agent(_) => true,
+            ReplicaPlace::Agent { .. } => true,
             ReplicaPlace::Embedded { path, .. } => !directory::holds_replica(&path.join(self.name())),
         }
     }

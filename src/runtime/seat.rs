@@ -10,11 +10,12 @@ use protocol::{ReplicaName, ToAgent, ToEngine};
 use tokio::time::Instant;
 use tracing::warn;
 
+use super::dial::Agents;
 use super::embedded::EmbeddedLink;
 use super::front::Token;
 use super::link::AgentLink;
 use super::volume_task::VolumeTask;
-use crate::config::ReplicaPlace;
+use crate::config::{ReplicaConfig, ReplicaPlace};
 use crate::volume::{PeerId, Time, Volume};
 
 /// What a replica in this process needs beyond its deadline to be closed, if it keeps it.
@@ -79,12 +80,16 @@ pub(super) enum Link {
 }
 
 impl Link {
-    /// A link to `place`; with it comes why a replica in this process cannot be opened. It goes on trying.
-    pub(super) async fn to(place: &ReplicaPlace, volume: &str, replica: &str) -> (Link, Option<DirectoryError>) {
-        match place {
-            ReplicaPlace::Agent(endpoint) => (Link::Agent(AgentLink::new(endpoint.clone())), None),
+    /// A link to `replica`; with it comes why a replica in this process cannot be opened. It goes on trying.
+    pub(super) async fn to(replica: &ReplicaConfig, volume: &str, agents: &Agents) -> (Link, Option<DirectoryError>) {
+        let name = replica.name.as_str();
+        match &replica.place {
+            ReplicaPlace::Agent { address, certificate } => {
+                let way = agents.way_to(address, certificate.as_deref().unwrap_or(name));
+                (Link::Agent(AgentLink::new(way)), None)
+            }
             ReplicaPlace::Embedded { path, .. } => {
-                match EmbeddedLink::open(&Path::new(path).join(volume), volume, replica).await {
+                match EmbeddedLink::open(&Path::new(path).join(volume), volume, name).await {
                     Ok(link) => (Link::Embedded(link), None),
                     Err((link, cause)) => (Link::Embedded(link), Some(cause)),
                 }
@@ -171,7 +176,7 @@ impl Slot {
 /// How people know a place.
 pub(super) fn address_of(place: &ReplicaPlace) -> String {
     match place {
-        ReplicaPlace::Agent(endpoint) => endpoint.to_string(),
+        ReplicaPlace::Agent { address, .. } => address.to_string(),
         ReplicaPlace::Embedded { path, .. } => path.display().to_string(),
     }
 }

@@ -14,6 +14,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tracing::{error, info, warn};
 
 use super::StartError;
+use super::dial::Agents;
 use super::events::EventLog;
 use super::front::{Figures, Token};
 use super::seat::{Link, Slot, Slots, address_of, name};
@@ -60,6 +61,7 @@ pub(super) struct VolumeTask {
     started: Instant,
     pub(super) settings: VolumeSettings,
     pub(super) journal_bytes: u64,
+    pub(super) agents: Arc<Agents>,
     name: String,
     pub(super) description: String,
     /// The volume's size, as its state machine said last.
@@ -106,13 +108,14 @@ impl VolumeTask {
     /// Opens the replicas in this process, connects to the others, and begins the activation.
     pub(super) async fn start(
         config: &VolumeConfig,
+        agents: Arc<Agents>,
         take_over: bool,
         events: Arc<EventLog>,
     ) -> Result<Arc<VolumeTask>, StartError> {
         let settings = settings(config, take_over);
         let (mut links, mut failed) = (Vec::new(), Vec::new());
         for replica in &config.replicas {
-            let (link, cause) = Link::to(&replica.place, &config.name, &replica.name).await;
+            let (link, cause) = Link::to(replica, &config.name, &agents).await;
             links.push((replica.place.clone(), link));
             failed.extend(cause.map(|cause| (replica.name.clone(), cause)));
         }
@@ -128,6 +131,7 @@ impl VolumeTask {
             runtime: Handle::current(),
             started: Instant::now(),
             journal_bytes: config.journal_size().bytes(),
+            agents,
             name: config.name.clone(),
             description: config.description.clone(),
             size_bytes: AtomicU64::new(settings.size_bytes),

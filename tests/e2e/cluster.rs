@@ -23,12 +23,21 @@ pub struct Agent {
     /// Where engines dial it, if not at its own port.
     pub dialled_at: Option<u16>,
     pub data: PathBuf,
+    /// Its certificates, if it has TLS.
+    pub certificates: Option<PathBuf>,
     program: Option<Program>,
 }
 
 impl Agent {
     pub fn new(name: &str, data: PathBuf) -> Self {
-        Self { name: name.to_string(), port: scratch::free_port(), dialled_at: None, data, program: None }
+        Self {
+            name: name.to_string(),
+            port: scratch::free_port(),
+            dialled_at: None,
+            data,
+            certificates: None,
+            program: None,
+        }
     }
 
     /// The directory that holds this agent's replica of the volume.
@@ -53,6 +62,9 @@ impl Agent {
 
     fn arguments(&self, command: &mut Command) {
         command.arg("--listen").arg(format!("127.0.0.1:{}", self.port)).arg("--data").arg(&self.data);
+        if let Some(certificates) = &self.certificates {
+            command.arg("--tls-certificates").arg(certificates);
+        }
     }
 
     /// Runs it in the expectation that it refuses to start.
@@ -110,7 +122,7 @@ impl Cluster {
                 Agent::new(&name, data)
             })
             .collect();
-        let cluster = Self {
+        let mut cluster = Self {
             plan,
             agents,
             endpoint: Endpoint::Tcp(scratch::free_port()),
@@ -119,7 +131,27 @@ impl Cluster {
             directory,
         };
         cluster.write_config();
+        if cluster.plan.tls {
+            cluster.make_certificates(&[]);
+            for index in 0..cluster.agents.len() {
+                cluster.agents[index].certificates =
+                    Some(cluster.certificates(&format!("agent-{}", cluster.agents[index].name)));
+            }
+        }
         cluster
+    }
+
+    /// Runs `nbdcast certs` for the config, with more words.
+    pub fn make_certificates(&self, words: &[&str]) {
+        let out = self.directory.path().join(plan::CERTIFICATES);
+        let out = out.to_str().expect("a path in UTF-8");
+        let finished = self.nbdcast(&[&["certs", "--out", out], words].concat());
+        assert!(finished.status.success(), "nbdcast certs failed: {finished}");
+    }
+
+    /// Where the certificates of `holder` are.
+    pub fn certificates(&self, holder: &str) -> PathBuf {
+        self.directory.path().join(plan::CERTIFICATES).join(holder)
     }
 
     pub fn directory(&self) -> &Path {

@@ -36,4 +36,5 @@ mod replicas;
 mod resync;
 mod stall;
 mod takeover;
+mod tls;
 mod wraps;

@@ -7,6 +7,9 @@ use crate::nbd::Endpoint;
 /// The volume's name, and so its export name and the name of its directory at each agent.
 pub const VOLUME: &str = "vol0";
 
+/// Directory of all certificates, beside the config file.
+pub const CERTIFICATES: &str = "certs";
+
 /// What the config file says about the volume. Sizes in bytes.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -20,6 +23,8 @@ pub struct Plan {
     pub replicas: usize,
     pub ack_write: &'static str,
     pub ack_flush: &'static str,
+    /// Engine and agents prove who they are.
+    pub tls: bool,
 }
 
 impl Default for Plan {
@@ -36,6 +41,7 @@ impl Default for Plan {
             replicas: 3,
             ack_write: "first",
             ack_flush: "first",
+            tls: false,
         }
     }
 }
@@ -46,8 +52,10 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
         Endpoint::Tcp(port) => format!("127.0.0.1:{port}"),
         Endpoint::Unix(path) => format!("unix:{}", path.display()),
     };
+    let agents =
+        if plan.tls { format!("[agents]\ncertificates = \"{CERTIFICATES}/engine\"\n\n") } else { String::new() };
     let mut text = format!(
-        "[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
+        "{agents}[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{}KiB\"\njournal_size = \"{}KiB\"\n\
          ack = {{ write = \"{}\", flush = \"{}\" }}\nlag_bytes_max = \"{}KiB\"\nlag_ms_max = {}\n\
          on_lag = \"{}\"\nfreeze_ms = {}\nresync_rate_min = \"{}KiB\"\nlease_ms = 500\n",

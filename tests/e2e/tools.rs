@@ -11,7 +11,7 @@ use crate::program::{self, Finished};
 const PLACES: [&str; 4] = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
 
 /// Where `tool` is; panics with the remedy if it is nowhere.
-fn find(tool: &str) -> PathBuf {
+pub fn find(tool: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = PLACES.iter().map(PathBuf::from);
     match places.chain(std::env::split_paths(&path)).map(|place| place.join(tool)).find(|candidate| candidate.is_file())
