@@ -146,10 +146,10 @@ fn two_things_in_one_place_are_refused() {
         "volume \"vol0\", replica \"b\": path = \"/r/a/\" is used twice, by replica \"a\" too"
     );
     let agents =
-        text("").replace("path = \"/r/a\"", "address = \"h:1\"").replace("path = \"/r/b\"", "address = \"h:1\"");
+        text("").replace("path = \"/r/a\"", "address = \"127.0.0.1:1\"").replace("path = \"/r/b\"", "address = \"127.0.0.1:1\"");
     assert_eq!(
         refusal(&agents).0,
-        "volume \"vol0\", replica \"b\": address = \"h:1\" is used twice, by replica \"a\" too"
+        "volume \"vol0\", replica \"b\": address = \"127.0.0.1:1\" is used twice, by replica \"a\" too"
     );
     assert_eq!(
         refusal(&format!("{}{}", text(""), text(""))).0,
