@@ -238,6 +238,22 @@ mod tests {
     }
 
     #[test]
+    fn other_machines_are_let_in_by_certificate_or_if_it_is_said() {
+        let config = |words: &[&str]| {
+            let args = parse(&[&["--data", "d", "--listen", "0.0.0.0:0"], words].concat()).expect("arguments");
+            agent_config(args.serve.expect("serve arguments"))
+        };
+        let refused = config(&[]).expect_err("neither was given");
+        assert_eq!(refused.exit_code, 2);
+        assert!(refused.message.starts_with("--listen 0.0.0.0:0: "), "{}", refused.message);
+        let remedy = refused.remedy.expect("there is something to do");
+        assert!(remedy.contains("--tls-certificates DIR") && remedy.contains("--insecure"), "{remedy}");
+        assert!(config(&["--insecure"]).expect("it is said").insecure);
+        let encrypted = config(&["--tls-certificates", "c"]).expect("certificates are given");
+        assert_eq!(encrypted.tls.certificates, Some(PathBuf::from("c")));
+    }
+
+    #[test]
     fn half_or_doubled_arguments_are_usage_errors() {
         use clap::error::ErrorKind;
         assert_eq!(parse(&[]).unwrap_err(), ErrorKind::MissingRequiredArgument);

@@ -145,8 +145,9 @@ fn two_things_in_one_place_are_refused() {
         refusal(&text("").replace("/r/b", "/r/a/")).0,
         "volume \"vol0\", replica \"b\": path = \"/r/a/\" is used twice, by replica \"a\" too"
     );
-    let agents =
-        text("").replace("path = \"/r/a\"", "address = \"127.0.0.1:1\"").replace("path = \"/r/b\"", "address = \"127.0.0.1:1\"");
+    let agents = text("")
+        .replace("path = \"/r/a\"", "address = \"127.0.0.1:1\"")
+        .replace("path = \"/r/b\"", "address = \"127.0.0.1:1\"");
     assert_eq!(
         refusal(&agents).0,
         "volume \"vol0\", replica \"b\": address = \"127.0.0.1:1\" is used twice, by replica \"a\" too"
