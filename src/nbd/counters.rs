@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::reply::WireError;
+use super::reply::Failure;
 use super::request::Operation;
 
 /// Live counters, shared by all connections.
@@ -16,6 +16,8 @@ pub(super) struct Counters {
     flushes: AtomicU64,
     trims: AtomicU64,
     write_zeroes: AtomicU64,
+    block_statuses: AtomicU64,
+    caches: AtomicU64,
     errors: AtomicU64,
 }
 
@@ -38,6 +40,10 @@ pub struct CountersSnapshot {
     pub trims: u64,
     /// WRITE_ZEROES requests submitted.
     pub write_zeroes: u64,
+    /// BLOCK_STATUS requests submitted.
+    pub block_statuses: u64,
+    /// CACHE requests submitted.
+    pub caches: u64,
     /// Requests answered with an error, refused ones included.
     pub errors: u64,
 }
@@ -58,16 +64,18 @@ impl Counters {
 
     pub(super) fn on_submitted(&self, operation: Operation) {
         let counter = match operation {
-            Operation::Read => &self.reads,
+            Operation::Read { .. } => &self.reads,
             Operation::Write { .. } => &self.writes,
             Operation::Flush => &self.flushes,
             Operation::Trim { .. } => &self.trims,
             Operation::WriteZeroes { .. } => &self.write_zeroes,
+            Operation::BlockStatus { .. } => &self.block_statuses,
+            Operation::Cache => &self.caches,
         };
         counter.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn on_answered<T>(&self, result: &Result<T, WireError>) {
+    pub(super) fn on_answered<T>(&self, result: &Result<T, Failure>) {
         if result.is_err() {
             self.errors.fetch_add(1, Relaxed);
         }
@@ -83,6 +91,8 @@ impl Counters {
             flushes: self.flushes.load(Relaxed),
             trims: self.trims.load(Relaxed),
             write_zeroes: self.write_zeroes.load(Relaxed),
+            block_statuses: self.block_statuses.load(Relaxed),
+            caches: self.caches.load(Relaxed),
             errors: self.errors.load(Relaxed),
         }
     }

@@ -16,12 +16,14 @@ mod intake;
 mod limits;
 mod listen;
 mod outbox;
+mod refusals;
 pub mod reply;
 pub mod request;
 mod server;
 mod session;
 mod stream;
 mod tls;
+mod transmission;
 
 pub use address::{AddressError, ListenAddress};
 pub use backend::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request, Stale};

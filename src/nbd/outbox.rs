@@ -17,12 +17,11 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::budget::Charge;
-use super::constants::SIMPLE_REPLY_BYTES;
 use super::reply::Reply;
 use super::stream::WriteHalf;
 
-/// Replies in one system call, at two parts each.
-const REPLIES_PER_WRITE_MAX: usize = 64;
+/// Parts of replies in one system call: most replies have one or two.
+const PARTS_PER_WRITE_MAX: usize = 128;
 /// A completing thread has other work: after this many writes it leaves the rest to the writer task.
 const WRITES_BY_ONE_HOLDER_MAX: usize = 4;
 /// With more requests outstanding than this, replies are worth collecting: the writer task sends them, many in one
@@ -221,7 +220,7 @@ impl Outbox {
 
     /// One system call.
     fn write_once(&self, pen: &mut Pen) -> io::Result<Written> {
-        let mut parts = [IoSlice::new(&[]); 2 * REPLIES_PER_WRITE_MAX];
+        let mut parts = [IoSlice::new(&[]); PARTS_PER_WRITE_MAX];
         let (count, wanted_bytes) = pen.parts(&mut parts);
         match self.stream.try_write_vectored(&parts[..count]) {
             Ok(written_bytes) => {
@@ -282,16 +281,19 @@ impl Pen {
     fn parts<'a>(&'a self, parts: &mut [IoSlice<'a>]) -> (usize, usize) {
         let (mut count, mut bytes) = (0, 0);
         let mut skip = self.front_written_bytes;
-        for QueuedReply { reply, .. } in self.replies.iter().take(parts.len() / 2) {
-            let head = &reply.head[skip.min(SIMPLE_REPLY_BYTES)..];
-            let data = &reply.data[skip.saturating_sub(SIMPLE_REPLY_BYTES)..];
-            skip = 0;
-            for part in [head, data] {
-                if !part.is_empty() {
-                    parts[count] = IoSlice::new(part);
-                    count += 1;
-                    bytes += part.len();
+        for chunk in self.replies.iter().flat_map(|queued| queued.reply.chunks()) {
+            for part in [chunk.head.as_bytes(), &chunk.data] {
+                let rest = &part[skip.min(part.len())..];
+                skip -= part.len() - rest.len();
+                if rest.is_empty() {
+                    continue;
                 }
+                if count == parts.len() {
+                    return (count, bytes);
+                }
+                parts[count] = IoSlice::new(rest);
+                count += 1;
+                bytes += rest.len();
             }
         }
         (count, bytes)
@@ -301,10 +303,12 @@ impl Pen {
     fn advance(&mut self, written_bytes: usize) -> usize {
         let mut left = 0;
         self.front_written_bytes += written_bytes;
-        while let Some(front) = self.replies.front()
-            && self.front_written_bytes >= front.reply.len_bytes()
-        {
-            self.front_written_bytes -= front.reply.len_bytes();
+        while let Some(front) = self.replies.front() {
+            let front_bytes = front.reply.len_bytes();
+            if self.front_written_bytes < front_bytes {
+                break;
+            }
+            self.front_written_bytes -= front_bytes;
             self.replies.pop_front();
             left += 1;
         }

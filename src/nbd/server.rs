@@ -21,6 +21,7 @@ use super::limits::Limits;
 use super::listen::{BindError, ListeningSocket, Socket};
 use super::session::{serve_connection, stopped};
 use super::stream::Stream;
+use super::tls::Tls;
 
 /// Pause after a failed accept: usually out of file descriptors, which passes when a connection closes.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -48,6 +49,9 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     pub(super) budget: Budget,
     pub(super) counters: Counters,
+    pub(super) tls: Tls,
+    /// Name of the export that the empty name means.
+    pub(super) default_export: Option<String>,
 }
 
 /// An NBD server, bound to its address.
@@ -76,6 +80,8 @@ impl NbdServer {
                 budget: Budget::new(limits.inflight_bytes_max),
                 limits,
                 counters: Counters::default(),
+                tls: Tls::default(),
+                default_export: None,
             }),
         };
         for export in exports {

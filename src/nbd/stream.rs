@@ -1,6 +1,7 @@
 //! One connection's socket, TCP or Unix, as a reading and a writing half. Moves bytes; knows no protocol.
 
 use std::io::{self, IoSlice};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, sockopt};
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 
 /// After this long without a word the kernel begins to probe whether the peer still exists.
@@ -36,6 +37,30 @@ pub(super) enum WriteHalf {
 }
 
 impl Stream {
+    /// Address of the peer; `None` for a Unix socket.
+    pub(super) fn peer_ip(&self) -> Option<IpAddr> {
+        match self {
+            // A peer that is gone already is nobody, which no rule lets in by name.
+            Self::Tcp(stream) => Some(stream.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.ip())),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// Reads what there is, at least one byte unless the peer has closed.
+    pub(super) async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(buffer).await,
+            Self::Unix(stream) => stream.read(buffer).await,
+        }
+    }
+
+    pub(super) async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.write_all(bytes).await,
+            Self::Unix(stream) => stream.write_all(bytes).await,
+        }
+    }
+
     pub(super) fn split(self) -> (ReadHalf, WriteHalf) {
         match self {
             Self::Tcp(stream) => {
@@ -85,19 +110,6 @@ impl WriteHalf {
             Self::Tcp(half) => half.try_write_vectored(parts),
             Self::Unix(half) => half.try_write_vectored(parts),
         }
-    }
-
-    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.writable().await?;
-            match self.try_write_vectored(&[IoSlice::new(bytes)]) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

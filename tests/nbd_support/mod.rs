@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod chunks;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::mpsc;
@@ -43,6 +45,8 @@ pub struct MemoryVolume {
     gate_changed: Condvar,
     /// What every request is answered instead of being done.
     failure: Mutex<Option<IoError>>,
+    /// What every block status is answered, true or not.
+    told: Mutex<Option<Vec<Extent>>>,
 }
 
 impl MemoryVolume {
@@ -60,6 +64,7 @@ impl MemoryVolume {
             gate: Mutex::default(),
             gate_changed: Condvar::new(),
             failure: Mutex::default(),
+            told: Mutex::default(),
         })
     }
 
@@ -70,6 +75,11 @@ impl MemoryVolume {
 
     pub fn fail_with(&self, failure: Option<IoError>) {
         *self.failure.lock().unwrap() = failure;
+    }
+
+    /// Makes the volume tell this of its allocation, true or not.
+    pub fn tell(&self, told: Vec<Extent>) {
+        *self.told.lock().unwrap() = Some(told);
     }
 
     /// From now on requests are kept, unanswered.
@@ -131,11 +141,17 @@ impl MemoryVolume {
             }
             Request::Flush | Request::Cache { .. } => Ok(Answer::Done),
             Request::BlockStatus { offset, length, one } => {
+                if let Some(told) = self.told.lock().unwrap().clone() {
+                    return Ok(Answer::Extents(told));
+                }
                 let end = content.len() as u64;
-                Ok(Answer::Extents(extents(
-                    &content[offset.min(end) as usize..(offset + length).min(end) as usize],
-                    one,
-                )))
+                let known = &content[offset.min(end) as usize..(offset + length).min(end) as usize];
+                let mut extents = extents(known, one);
+                let told: u64 = extents.iter().map(|extent| extent.length).sum();
+                if told < length && !(one && told > 0) {
+                    extents.push(Extent { length: length - told, allocation: Allocation::Hole });
+                }
+                Ok(Answer::Extents(extents))
             }
             Request::Trim { offset, length, .. } | Request::WriteZeroes { offset, length, .. } => {
                 let end = content.len() as u64;
@@ -266,12 +282,19 @@ pub const WRITE: u16 = 1;
 pub const DISC: u16 = 2;
 pub const FLUSH: u16 = 3;
 pub const TRIM: u16 = 4;
+pub const CACHE: u16 = 5;
 pub const WRITE_ZEROES: u16 = 6;
+pub const BLOCK_STATUS: u16 = 7;
 pub const FUA: u16 = 1;
+pub const DF: u16 = 1 << 2;
+pub const REQ_ONE: u16 = 1 << 3;
+pub const FAST_ZERO: u16 = 1 << 4;
+pub const PAYLOAD_LEN: u16 = 1 << 5;
 pub const EIO: u32 = 5;
 pub const EINVAL: u32 = 22;
 pub const ENOSPC: u32 = 28;
 pub const EPERM: u32 = 1;
+pub const EOVERFLOW: u32 = 75;
 pub const ESHUTDOWN: u32 = 108;
 
 /// The client side spelled out byte by byte, so that it can also be wrong.

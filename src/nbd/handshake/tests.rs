@@ -1,7 +1,11 @@
 //! Tables of the handshake: what each option is answered, and that no input does harm.
 
 use super::*;
+use bytes::BufMut;
 use proptest::prelude::*;
+
+mod meta_context;
+mod tls;
 
 fn export(name: &str, read_only: bool) -> ExportInfo {
     ExportInfo {
@@ -31,10 +35,18 @@ fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
 
 /// Feeds client flags and then `input`; the answers and the last progress.
 fn run(exports: &[ExportInfo], client_flags: u32, input: &[u8]) -> (Result<Progress, HandshakeError>, BytesMut) {
-    let mut handshake = Handshake::new(exports.iter().collect());
-    let mut bytes = BytesMut::from(&client_flags.to_be_bytes()[..]);
-    bytes.extend_from_slice(input);
-    let mut output = BytesMut::new();
+    let mut bytes = client_flags.to_be_bytes().to_vec();
+    bytes.extend(input);
+    feed(&mut Handshake::new(offer(exports), Client::default()), &bytes)
+}
+
+fn offer(exports: &[ExportInfo]) -> Offer<'_> {
+    Offer { exports: exports.iter().collect(), ..Offer::default() }
+}
+
+/// Feeds bytes as they are; the answers and the last progress.
+fn feed(handshake: &mut Handshake<'_>, input: &[u8]) -> (Result<Progress, HandshakeError>, BytesMut) {
+    let (mut bytes, mut output) = (BytesMut::from(input), BytesMut::new());
     loop {
         match handshake.advance(&mut bytes, &mut output) {
             Ok(Progress::Again) => {}
@@ -58,6 +70,11 @@ fn kinds(output: BytesMut) -> Vec<u32> {
     replies(output).into_iter().map(|(_, kind, _)| kind).collect()
 }
 
+/// Without structured replies and contexts.
+fn plain(export: usize) -> Progress {
+    Progress::Chosen(Agreement { export, style: ReplyStyle::Simple, has_context: false })
+}
+
 const BOTH: u32 = CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES;
 
 #[test]
@@ -66,11 +83,11 @@ fn go_describes_what_was_asked_for_and_starts_transmission() {
     let wanted = [INFO_BLOCK_SIZE, INFO_NAME, INFO_DESCRIPTION, 77];
     let input = option(OPT_GO, &info_data("b", &wanted));
     let (end, output) = run(&exports, BOTH, &input);
-    assert_eq!(end, Ok(Progress::Chosen(1)));
+    assert_eq!(end, Ok(plain(1)));
     let replies = replies(output);
     let infos: Vec<&[u8]> = replies.iter().map(|(_, _, body)| &body[..]).collect();
     assert_eq!(infos[0][..10], [0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0]);
-    assert_eq!(infos[0][10..], 0b1_0110_1101_u16.to_be_bytes());
+    assert_eq!(infos[0][10..], 0b1101_0110_1101_u16.to_be_bytes());
     assert_eq!(infos[1], b"\0\x01b");
     assert_eq!(infos[2], b"\0\x02about b");
     assert_eq!(infos[3], b"\0\x03\0\0\0\x01\0\0\x10\0\x02\0\0\0");
@@ -94,7 +111,7 @@ fn info_answers_the_same_but_goes_on() {
 fn the_empty_name_means_the_only_export() {
     let go = option(OPT_GO, &info_data("", &[INFO_NAME]));
     let (end, output) = run(&[export("a", false)], BOTH, &go);
-    assert_eq!(end, Ok(Progress::Chosen(0)));
+    assert_eq!(end, Ok(plain(0)));
     assert_eq!(replies(output)[1].2, b"\0\x01a");
 
     let (end, output) = run(&[export("a", false), export("b", false)], BOTH, &go);
@@ -103,11 +120,66 @@ fn the_empty_name_means_the_only_export() {
 }
 
 #[test]
+fn the_empty_name_means_the_default_where_there_is_one() {
+    let exports = [export("a", false), export("b", false)];
+    for (default_export, expected) in [("b", Ok(plain(1))), ("gone", Ok(Progress::NeedInput))] {
+        let offer = Offer { default_export: Some(default_export), ..offer(&exports) };
+        let mut handshake = Handshake::new(offer, Client::default());
+        feed(&mut handshake, &BOTH.to_be_bytes()).0.unwrap();
+        let (end, output) = feed(&mut handshake, &option(OPT_GO, &info_data("", &[INFO_NAME])));
+        assert_eq!(end, expected);
+        if end == Ok(plain(1)) {
+            assert_eq!(replies(output)[1].2, b"\0\x01b");
+        }
+    }
+}
+
+#[test]
 fn a_read_only_export_says_so_and_offers_no_changes() {
-    let flags = transmission_flags(&export("a", true));
+    let flags = transmission_flags(&export("a", true), ReplyStyle::Extended, true);
     assert_ne!(flags & TRANSMISSION_READ_ONLY, 0);
-    let changes = TRANSMISSION_SEND_TRIM | TRANSMISSION_SEND_WRITE_ZEROES;
+    let changes = TRANSMISSION_SEND_TRIM | TRANSMISSION_SEND_WRITE_ZEROES | TRANSMISSION_SEND_FAST_ZERO;
     assert_eq!(flags & changes, 0);
+}
+
+#[test]
+fn flags_are_offered_only_with_what_they_need() {
+    let rotating = ExportInfo { rotational: true, ..export("a", false) };
+    let flags = |style, has_context| transmission_flags(&rotating, style, has_context);
+    let simple = flags(ReplyStyle::Simple, true);
+    assert_ne!(simple & TRANSMISSION_ROTATIONAL, 0);
+    let chunks = TRANSMISSION_SEND_DF | TRANSMISSION_BLOCK_STATUS_PAYLOAD;
+    assert_eq!(simple & chunks, 0);
+    assert_eq!(flags(ReplyStyle::Structured, true) & chunks, TRANSMISSION_SEND_DF);
+    assert_eq!(flags(ReplyStyle::Extended, false) & chunks, TRANSMISSION_SEND_DF);
+    assert_eq!(flags(ReplyStyle::Extended, true) & chunks, chunks);
+}
+
+#[test]
+fn replies_in_chunks_are_agreed_on() {
+    let exports = [export("a", false)];
+    let go = option(OPT_GO, &info_data("a", &[]));
+    for (asked, answers, style) in [
+        (&[OPT_STRUCTURED_REPLY][..], &[REP_ACK][..], ReplyStyle::Structured),
+        (&[OPT_EXTENDED_HEADERS], &[REP_ACK], ReplyStyle::Extended),
+        (&[OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS], &[REP_ACK, REP_ACK], ReplyStyle::Extended),
+        (&[OPT_EXTENDED_HEADERS, OPT_STRUCTURED_REPLY], &[REP_ACK, REP_ERR_EXT_HEADER_REQD], ReplyStyle::Extended),
+    ] {
+        let mut input: Vec<u8> = asked.iter().flat_map(|number| option(*number, b"")).collect();
+        input.extend(&go);
+        let (end, output) = run(&exports, BOTH, &input);
+        assert_eq!(end, Ok(Progress::Chosen(Agreement { export: 0, style, has_context: false })));
+        assert_eq!(kinds(output)[..answers.len()], *answers);
+    }
+    for number in [OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS] {
+        let mut input = option(number, b"x");
+        input.extend(&go);
+        let (end, output) = run(&exports, BOTH, &input);
+        assert_eq!((end, kinds(output)[0]), (Ok(plain(0)), REP_ERR_INVALID));
+    }
+    let mut old_way = option(OPT_EXTENDED_HEADERS, b"");
+    old_way.extend(option(OPT_EXPORT_NAME, b"a"));
+    assert_eq!(run(&exports, BOTH, &old_way).0, Err(HandshakeError::ExportNameAfterExtended));
 }
 
 #[test]
@@ -131,17 +203,17 @@ fn export_name_sends_zeroes_unless_both_sides_leave_them_out() {
     let input = option(OPT_EXPORT_NAME, b"a");
     let exports = [export("a", false)];
     let (end, output) = run(&exports, CLIENT_FIXED_NEWSTYLE, &input);
-    assert_eq!((end, output.len()), (Ok(Progress::Chosen(0)), 10 + 124));
+    assert_eq!((end, output.len()), (Ok(plain(0)), 10 + 124));
     let (end, output) = run(&exports, BOTH, &input);
-    assert_eq!((end, output.len()), (Ok(Progress::Chosen(0)), 10));
+    assert_eq!((end, output.len()), (Ok(plain(0)), 10));
     let (end, _) = run(&exports, BOTH, &option(OPT_EXPORT_NAME, b"z"));
     assert_eq!(end, Err(HandshakeError::UnknownExport));
 }
 
 #[test]
 fn unknown_options_are_refused_and_their_data_is_passed_over() {
-    // STARTTLS, structured replies, meta contexts, extended headers, and one nobody knows.
-    for number in [5, 8, 9, 10, 11, 0x7fff_ffff] {
+    // PEEK_EXPORT, which was withdrawn, and some nobody knows.
+    for number in [4, 12, 0x7fff_ffff] {
         let mut input = option(number, &vec![0xee; OPTION_DISCARD_BYTES_MAX as usize]);
         input.extend(option(OPT_LIST, b""));
         let (end, output) = run(&[], BOTH, &input);
@@ -155,6 +227,8 @@ fn abort_is_acknowledged() {
     let (end, output) = run(&[], BOTH, &option(OPT_ABORT, b""));
     assert_eq!(end, Ok(Progress::Aborted));
     assert_eq!(replies(output), [(OPT_ABORT, REP_ACK, vec![])]);
+    let (end, _) = run(&[], BOTH, &option(OPT_ABORT, &vec![0; OPTION_DATA_BYTES_MAX as usize + 1]));
+    assert_eq!(end, Ok(Progress::Aborted));
 }
 
 #[test]
@@ -196,7 +270,7 @@ fn breaking_the_protocol_ends_the_handshake() {
 #[test]
 fn input_may_arrive_byte_by_byte() {
     let exports = [export("a", false)];
-    let mut handshake = Handshake::new(exports.iter().collect());
+    let mut handshake = Handshake::new(offer(&exports), Client::default());
     let mut bytes = BOTH.to_be_bytes().to_vec();
     bytes.extend(option(99, b"data"));
     bytes.extend(option(OPT_GO, &info_data("a", &[])));
@@ -212,7 +286,7 @@ fn input_may_arrive_byte_by_byte() {
             }
         }
     }
-    assert_eq!(end, Progress::Chosen(0));
+    assert_eq!(end, plain(0));
     assert_eq!(kinds(output), [REP_ERR_UNSUP, REP_INFO, REP_ACK]);
 }
 
@@ -230,9 +304,14 @@ fn chunk() -> impl Strategy<Value = Vec<u8>> {
 proptest! {
     /// Arbitrary bytes end in an outcome, and neither output nor memory grows beyond what was sent.
     #[test]
-    fn arbitrary_bytes_do_no_harm(flags in 0u32..5, chunks in prop::collection::vec(chunk(), 0..8)) {
+    fn arbitrary_bytes_do_no_harm(
+        flags in 0u32..5,
+        tls in prop_oneof![Just(TlsMode::Off), Just(TlsMode::On), Just(TlsMode::Require)],
+        chunks in prop::collection::vec(chunk(), 0..8),
+    ) {
         let exports = [export("a", false), export("b", true)];
-        let mut handshake = Handshake::new(exports.iter().collect());
+        let offer = Offer { default_export: Some("b"), tls, ..offer(&exports) };
+        let mut handshake = Handshake::new(offer, Client::default());
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         input.put_u32(flags);
         'chunks: for bytes in chunks {
@@ -245,7 +324,16 @@ proptest! {
                 match handshake.advance(&mut input, &mut output) {
                     Ok(Progress::Again) => prop_assert!(output.len() - before < 1024),
                     Ok(Progress::NeedInput) => break,
-                    Ok(Progress::Aborted | Progress::Chosen(_)) | Err(_) => break 'chunks,
+                    Ok(Progress::StartTls) => {
+                        prop_assert!(tls != TlsMode::Off && input.is_empty());
+                        handshake.on_tls(vec![]);
+                    }
+                    Ok(Progress::Chosen(agreement)) => {
+                        prop_assert!(tls != TlsMode::Require || handshake.client.is_tls);
+                        prop_assert!(!agreement.has_context || agreement.style != ReplyStyle::Simple);
+                        break 'chunks;
+                    }
+                    Ok(Progress::Aborted) | Err(_) => break 'chunks,
                 }
             }
         }
