@@ -55,8 +55,11 @@ fn feed(handshake: &mut Handshake<'_>, input: &[u8]) -> (Result<Progress, Handsh
     }
 }
 
-/// Takes (option, kind, body) replies apart.
-fn replies(mut output: BytesMut) -> Vec<(u32, u32, Vec<u8>)> {
+/// Option, kind, body.
+type OptionReply = (u32, u32, Vec<u8>);
+
+/// Takes replies apart.
+fn replies(mut output: BytesMut) -> Vec<OptionReply> {
     let mut replies = Vec::new();
     while !output.is_empty() {
         assert_eq!(output.get_u64(), OPTION_REPLY_MAGIC);

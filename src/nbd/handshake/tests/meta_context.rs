@@ -30,14 +30,14 @@ fn go(export: &str) -> Vec<u8> {
 }
 
 /// Runs options after STRUCTURED_REPLY; the answers behind its ACK, and the end.
-fn after_structured(options: &[Vec<u8>]) -> (Result<Progress, HandshakeError>, Vec<(u32, u32, Vec<u8>)>) {
+fn after_structured(options: &[Vec<u8>]) -> (Result<Progress, HandshakeError>, Vec<OptionReply>) {
     let input = [structured(), options.concat()].concat();
     let exports = [export("a", false), export("b", false)];
     let (end, output) = run(&exports, BOTH, &input);
     (end, replies(output).split_off(1))
 }
 
-fn kinds_of(replies: &[(u32, u32, Vec<u8>)]) -> Vec<u32> {
+fn kinds_of(replies: &[OptionReply]) -> Vec<u32> {
     replies.iter().map(|(_, kind, _)| *kind).collect()
 }
 
