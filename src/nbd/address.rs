@@ -47,24 +47,36 @@ impl fmt::Display for ListenAddress {
 
 impl ListenAddress {
     /// The NBD URI of an export served here, such as `nbd://127.0.0.1:10809/demo` or
-    /// `nbd+unix:///demo?socket=/run/nbdcast/nbd.sock`.
-    pub fn uri(&self, export: &str) -> String {
+    /// `nbd+unix:///demo?socket=/run/nbdcast/nbd.sock`, for clients on this machine; `nbds` if they must use TLS.
+    pub fn uri(&self, export: &str, requires_tls: bool) -> String {
+        let scheme = if requires_tls { "nbds" } else { "nbd" };
         let export = percent_encode(export.as_bytes());
         match self {
-            Self::Tcp(address) => format!("nbd://{address}/{export}"),
+            Self::Tcp(address) if address.ip().is_unspecified() => {
+                format!("{scheme}://localhost:{}/{export}", address.port())
+            }
+            Self::Tcp(address) => format!("{scheme}://{address}/{export}"),
             Self::Unix(path) => {
                 let socket = percent_encode(path.as_os_str().as_bytes());
-                format!("nbd+unix:///{export}?socket={socket}")
+                format!("{scheme}+unix:///{export}?socket={socket}")
             }
+        }
+    }
+
+    /// Whether only this machine can connect.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().to_canonical().is_loopback(),
+            Self::Unix(_) => true,
         }
     }
 }
 
-/// Leaves what RFC 3986 allows unescaped in both a path and a query value, except `&`, `+` and `=`.
+/// Escapes what is neither unreserved in RFC 3986 nor `/`, as nbdkit does.
 fn percent_encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for &byte in bytes {
-        if byte.is_ascii_alphanumeric() || b"-._~/:@,".contains(&byte) {
+        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
             text.push(char::from(byte));
         } else {
             text.push_str(&format!("%{byte:02X}"));
@@ -94,9 +106,35 @@ mod tests {
 
     #[test]
     fn uris_are_what_clients_expect() {
-        let uri = |text: &str, export| text.parse::<ListenAddress>().unwrap().uri(export);
+        let uri = |text: &str, export| text.parse::<ListenAddress>().unwrap().uri(export, false);
         assert_eq!(uri("127.0.0.1:10809", "demo"), "nbd://127.0.0.1:10809/demo");
         assert_eq!(uri("[::1]:1", "a b"), "nbd://[::1]:1/a%20b");
-        assert_eq!(uri("unix:/run/a&b.sock", "demo"), "nbd+unix:///demo?socket=/run/a%26b.sock");
+        assert_eq!(uri("0.0.0.0:10809", "demo"), "nbd://localhost:10809/demo");
+        assert_eq!(uri("[::]:10809", "demo"), "nbd://localhost:10809/demo");
+        // As printed by nbdkit 1.32 for the same socket and export.
+        assert_eq!(
+            uri("unix:/t/a b%é\"';?#[]!$()*<>\\^`{|}.sock", "a b/c?d#e&f"),
+            "nbd+unix:///a%20b/c%3Fd%23e%26f?socket=/t/a%20b%25%C3%A9%22%27%3B%3F%23%5B%5D%21%24%28%29%2A%3C%3E%5C%5E%60%7B%7C%7D.sock"
+        );
+        assert_eq!(
+            uri("unix:/t/a&b+c=d~e,f:g@h", "a.b_c-d"),
+            "nbd+unix:///a.b_c-d?socket=/t/a%26b%2Bc%3Dd~e%2Cf%3Ag%40h"
+        );
+    }
+
+    #[test]
+    fn uris_say_that_tls_is_required() {
+        let uri = |text: &str| text.parse::<ListenAddress>().unwrap().uri("demo", true);
+        assert_eq!(uri("192.0.2.1:10809"), "nbds://192.0.2.1:10809/demo");
+        assert_eq!(uri("unix:/run/a.sock"), "nbds+unix:///demo?socket=/run/a.sock");
+    }
+
+    #[test]
+    fn what_other_machines_can_reach_is_not_local() {
+        let is_local = |text: &str| text.parse::<ListenAddress>().unwrap().is_local();
+        assert!(
+            is_local("127.0.0.2:1") && is_local("[::1]:1") && is_local("[::ffff:127.0.0.1]:1") && is_local("unix:/a")
+        );
+        assert!(!is_local("0.0.0.0:1") && !is_local("[::]:1") && !is_local("192.0.2.1:1"));
     }
 }

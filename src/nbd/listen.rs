@@ -1,15 +1,17 @@
-//! Binding the listening socket, separately from serving, so that an engine can fail before it touches a volume.
+//! Binding a listening socket, or taking one over, separately from serving, so that an engine can fail before it touches
+//! a volume.
 //!
-//! Owns the socket and, for a Unix path, the file, which it removes again. Never removes a file that is not a dead
-//! socket, or not its own.
+//! Owns the socket and, for a Unix path that it bound itself, the file, which it removes again. Never removes a file
+//! that is not a dead socket, or not its own.
 
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -65,18 +67,36 @@ pub(super) enum Socket {
     Unix(UnixListener),
 }
 
+/// Who may connect to a Unix socket, by its file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SocketFile {
+    /// Permission bits; without them, as the process's umask leaves them.
+    pub mode: Option<u32>,
+    /// User number of the owner; without it, the process's.
+    pub owner: Option<u32>,
+    /// Group number; without it, the process's.
+    pub group: Option<u32>,
+}
+
 /// A bound, listening socket. Clients that connect wait until it is served.
 #[derive(Debug)]
 pub struct ListeningSocket {
     socket: Socket,
     address: ListenAddress,
-    /// Device and inode of the socket file, to know it again.
+    /// Device and inode of the socket file, to know it again; none if it is somebody else's.
     file: Option<(u64, u64)>,
+    /// Whoever passed it may listen on after us.
+    is_inherited: bool,
 }
 
 impl ListeningSocket {
     /// Binds and listens. Needs no async runtime.
     pub fn bind(address: &ListenAddress) -> Result<Self, BindError> {
+        Self::bind_with(address, SocketFile::default())
+    }
+
+    /// As [`Self::bind`]; nobody can connect to a Unix socket before its file is as `file` says.
+    pub fn bind_with(address: &ListenAddress, file: SocketFile) -> Result<Self, BindError> {
         let system = |source| BindError::System { address: address.clone(), source };
         match address {
             ListenAddress::Tcp(wanted) => {
@@ -86,26 +106,48 @@ impl ListeningSocket {
                 })?;
                 listener.set_nonblocking(true).map_err(system)?;
                 let address = ListenAddress::Tcp(listener.local_addr().map_err(system)?);
-                Ok(Self { socket: Socket::Tcp(listener), address, file: None })
+                Ok(Self { socket: Socket::Tcp(listener), address, file: None, is_inherited: false })
             }
             ListenAddress::Unix(path) => {
                 remove_dead_socket(address, path)?;
-                let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
-                    io::ErrorKind::AddrInUse => BindError::SocketInUse { path: path.clone() },
+                let in_use = || BindError::SocketInUse { path: path.clone() };
+                let listener = bind_unix(path, file).map_err(|error| match error.kind() {
+                    io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists => in_use(),
                     _ => system(error),
                 })?;
                 let metadata = fs::symlink_metadata(path).map_err(system)?;
-                let bound = Self {
-                    socket: Socket::Unix(listener),
-                    address: address.clone(),
-                    file: Some((metadata.dev(), metadata.ino())),
-                };
-                match &bound.socket {
-                    Socket::Unix(listener) => listener.set_nonblocking(true).map_err(system)?,
-                    Socket::Tcp(_) => {}
-                }
+                let file = Some((metadata.dev(), metadata.ino()));
+                let bound =
+                    Self { socket: Socket::Unix(listener), address: address.clone(), file, is_inherited: false };
+                bound.set_nonblocking().map_err(system)?;
                 Ok(bound)
             }
+        }
+    }
+
+    /// Takes over a TCP socket that another program has bound and listens with.
+    pub fn from_tcp(listener: TcpListener) -> io::Result<Self> {
+        let address = ListenAddress::Tcp(listener.local_addr()?);
+        Self::inherit(Socket::Tcp(listener), address)
+    }
+
+    /// Takes over a Unix socket that another program has bound and listens with. Its file stays that program's.
+    pub fn from_unix(listener: UnixListener) -> io::Result<Self> {
+        let path = listener.local_addr()?.as_pathname().map(Path::to_path_buf);
+        let path = path.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "a Unix socket without a path"))?;
+        Self::inherit(Socket::Unix(listener), ListenAddress::Unix(path))
+    }
+
+    fn inherit(socket: Socket, address: ListenAddress) -> io::Result<Self> {
+        let inherited = Self { socket, address, file: None, is_inherited: true };
+        inherited.set_nonblocking()?;
+        Ok(inherited)
+    }
+
+    fn set_nonblocking(&self) -> io::Result<()> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.set_nonblocking(true),
+            Socket::Unix(listener) => listener.set_nonblocking(true),
         }
     }
 
@@ -120,7 +162,12 @@ impl ListeningSocket {
 
     /// Listens no more, for good: clients are refused from now on instead of waiting in vain, and a successor can
     /// bind.
+    ///
+    /// One that was passed to us is left alone: clients that connect to it are for whoever listens next.
     pub(super) fn stop(&self) {
+        if self.is_inherited {
+            return;
+        }
         let stopped = match &self.socket {
             Socket::Tcp(listener) => rustix::net::shutdown(listener, Shutdown::Both),
             Socket::Unix(listener) => rustix::net::shutdown(listener, Shutdown::Both),
@@ -147,6 +194,36 @@ impl Drop for ListeningSocket {
     fn drop(&mut self) {
         self.remove_file();
     }
+}
+
+/// Binds at `path` so that what the file is to be is true before anybody can find it: in a directory of its own that
+/// only we may enter, from which it is moved.
+fn bind_unix(path: &Path, file: SocketFile) -> io::Result<UnixListener> {
+    if file == SocketFile::default() {
+        return UnixListener::bind(path);
+    }
+    let directory = path.parent().unwrap_or(Path::new("/")).join(format!(".{}", std::process::id()));
+    match fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        // Left behind by an earlier process of our number, or not there.
+        Ok(()) | Err(_) => {}
+    }
+    fs::DirBuilder::new().mode(0o700).create(&directory)?;
+    let bound = bind_and_move(&directory.join("s"), path, file);
+    fs::remove_dir_all(&directory)?;
+    bound
+}
+
+fn bind_and_move(hidden: &Path, path: &Path, file: SocketFile) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(hidden)?;
+    if file.owner.is_some() || file.group.is_some() {
+        std::os::unix::fs::chown(hidden, file.owner, file.group)?;
+    }
+    if let Some(mode) = file.mode {
+        fs::set_permissions(hidden, fs::Permissions::from_mode(mode))?;
+    }
+    renameat_with(CWD, hidden, CWD, path, RenameFlags::NOREPLACE)?;
+    Ok(listener)
 }
 
 /// Makes room for a new socket if the path holds one that nobody listens on.

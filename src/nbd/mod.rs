@@ -7,15 +7,19 @@
 
 pub mod access;
 mod address;
+mod admission;
 mod backend;
 mod budget;
 pub mod constants;
 mod counters;
+mod encrypted;
 pub mod handshake;
 mod intake;
 mod limits;
 mod listen;
+mod log_gate;
 mod outbox;
+mod patience;
 mod refusals;
 pub mod reply;
 pub mod request;
@@ -29,6 +33,6 @@ pub use address::{AddressError, ListenAddress};
 pub use backend::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request, Stale};
 pub use counters::CountersSnapshot;
 pub use limits::Limits;
-pub use listen::{BindError, ListeningSocket};
-pub use server::{NbdServer, PublishError};
+pub use listen::{BindError, ListeningSocket, SocketFile};
+pub use server::{Manners, NbdServer, PublishError};
 pub use tls::Tls;

@@ -12,11 +12,12 @@ use std::io::{self, IoSlice};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use super::budget::Charge;
+use super::patience::Patience;
 use super::reply::Reply;
 use super::stream::WriteHalf;
 
@@ -42,6 +43,8 @@ pub(super) struct QueuedReply {
 struct Pen {
     replies: VecDeque<QueuedReply>,
     front_written_bytes: usize,
+    /// Replies that the stream has taken whole, but may keep unsent.
+    taken: usize,
 }
 
 #[derive(Debug)]
@@ -78,9 +81,10 @@ pub(super) struct Cork {
     pen: Option<Pen>,
 }
 
-enum Written {
-    Everything,
-    SocketFull,
+/// How one write went, in bytes that the socket took.
+struct Progress {
+    socket_bytes: usize,
+    socket_full: bool,
 }
 
 impl Outbox {
@@ -167,24 +171,34 @@ impl Outbox {
     pub(super) fn close(&self) {
         let mut queue = self.lock();
         queue.broken = true;
-        let mut left = std::mem::take(&mut queue.pending);
-        if let Some(mut pen) = queue.take_free_pen().or_else(|| queue.take_parked_pen()) {
-            left.append(&mut pen.replies);
-        }
+        let lost = std::mem::take(&mut queue.pending);
+        let pen = queue.take_free_pen().or_else(|| queue.take_parked_pen());
         drop(queue);
         self.stream.shut_down();
-        self.on_left(left.len());
+        self.on_left(lost.len() + pen.map_or(0, |pen| pen.unanswered()));
     }
 
+    /// Writes until nothing is queued and the stream keeps nothing unsent, or the client was too slow.
     async fn write_patiently(&self, pen: &mut Pen, stall_timeout: Duration) -> io::Result<()> {
-        while self.refill(pen) {
-            if let Written::SocketFull = self.write_once(pen)? {
-                tokio::time::timeout(stall_timeout, self.stream.writable())
-                    .await
-                    .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        let mut patience = Patience::new(stall_timeout);
+        loop {
+            let mut progress = self.flush(pen)?;
+            if !progress.socket_full {
+                if !self.refill(pen) {
+                    return Ok(());
+                }
+                let written = self.write_once(pen)?;
+                progress = Progress { socket_bytes: progress.socket_bytes + written.socket_bytes, ..written };
+            }
+            patience.on_taken(progress.socket_bytes);
+            if progress.socket_full {
+                let since = Instant::now();
+                tokio::time::timeout(patience.left(), self.stream.writable()).await.map_err(|_| {
+                    io::Error::new(io::ErrorKind::TimedOut, "the client takes its replies too slowly")
+                })??;
+                patience.on_waited(since.elapsed());
             }
         }
-        Ok(())
     }
 
     /// Writes what is queued as far as the socket takes it, then frees or parks the pen.
@@ -194,8 +208,8 @@ impl Outbox {
                 return;
             }
             match self.write_once(&mut pen) {
-                Ok(Written::Everything) => {}
-                Ok(Written::SocketFull) => break,
+                Ok(progress) if progress.socket_full => break,
+                Ok(_) => {}
                 Err(error) => return self.break_off(pen, &error),
             }
         }
@@ -218,24 +232,29 @@ impl Outbox {
         true
     }
 
-    /// One system call.
-    fn write_once(&self, pen: &mut Pen) -> io::Result<Written> {
+    /// One system call, or a few small ones if the stream encrypts.
+    fn write_once(&self, pen: &mut Pen) -> io::Result<Progress> {
         let mut parts = [IoSlice::new(&[]); PARTS_PER_WRITE_MAX];
-        let (count, wanted_bytes) = pen.parts(&mut parts);
-        match self.stream.try_write_vectored(&parts[..count]) {
-            Ok(written_bytes) => {
-                self.on_left(pen.advance(written_bytes));
-                Ok(if written_bytes == wanted_bytes { Written::Everything } else { Written::SocketFull })
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Written::SocketFull),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Written::Everything),
-            Err(error) => Err(error),
+        let count = pen.parts(&mut parts);
+        let sent = self.stream.try_write_vectored(&parts[..count])?;
+        pen.advance(sent.taken_bytes);
+        if !(sent.socket_full && self.stream.keeps_unsent()) {
+            self.on_left(std::mem::take(&mut pen.taken));
         }
+        Ok(Progress { socket_bytes: sent.socket_bytes, socket_full: sent.socket_full })
+    }
+
+    fn flush(&self, pen: &mut Pen) -> io::Result<Progress> {
+        let sent = self.stream.try_flush()?;
+        if !sent.socket_full {
+            self.on_left(std::mem::take(&mut pen.taken));
+        }
+        Ok(Progress { socket_bytes: sent.socket_bytes, socket_full: sent.socket_full })
     }
 
     fn break_off(&self, pen: Pen, error: &io::Error) {
         tracing::info!(%error, "NBD connection lost while replying");
-        let lost = pen.replies.len();
+        let lost = pen.unanswered();
         drop(pen);
         self.close();
         self.on_left(lost);
@@ -277,9 +296,9 @@ impl Queue {
 }
 
 impl Pen {
-    /// Fills `parts` with what is to be written next; how many parts and bytes that is.
-    fn parts<'a>(&'a self, parts: &mut [IoSlice<'a>]) -> (usize, usize) {
-        let (mut count, mut bytes) = (0, 0);
+    /// Fills `parts` with what is to be written next; how many parts that is.
+    fn parts<'a>(&'a self, parts: &mut [IoSlice<'a>]) -> usize {
+        let mut count = 0;
         let mut skip = self.front_written_bytes;
         for chunk in self.replies.iter().flat_map(|queued| queued.reply.chunks()) {
             for part in [chunk.head.as_bytes(), &chunk.data] {
@@ -289,19 +308,17 @@ impl Pen {
                     continue;
                 }
                 if count == parts.len() {
-                    return (count, bytes);
+                    return count;
                 }
                 parts[count] = IoSlice::new(rest);
                 count += 1;
-                bytes += rest.len();
             }
         }
-        (count, bytes)
+        count
     }
 
-    /// Forgets what has been written; how many replies have left whole.
-    fn advance(&mut self, written_bytes: usize) -> usize {
-        let mut left = 0;
+    /// Forgets what has been written.
+    fn advance(&mut self, written_bytes: usize) {
         self.front_written_bytes += written_bytes;
         while let Some(front) = self.replies.front() {
             let front_bytes = front.reply.len_bytes();
@@ -310,9 +327,13 @@ impl Pen {
             }
             self.front_written_bytes -= front_bytes;
             self.replies.pop_front();
-            left += 1;
+            self.taken += 1;
         }
-        left
+    }
+
+    /// Requests whose replies have not left.
+    fn unanswered(&self) -> usize {
+        self.replies.len() + self.taken
     }
 }
 

@@ -4,23 +4,28 @@
 //! answer clients only when its volumes are ready.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::address::ListenAddress;
+use super::admission::{Admission, Place};
 use super::backend::Backend;
 use super::budget::Budget;
 use super::constants::STRING_BYTES_MAX;
 use super::counters::{Counters, CountersSnapshot};
 use super::limits::Limits;
 use super::listen::{BindError, ListeningSocket, Socket};
+use super::log_gate::LogGate;
 use super::session::{serve_connection, stopped};
-use super::stream::Stream;
+use super::stream::{Stream, tune};
 use super::tls::Tls;
 
 /// Pause after a failed accept: usually out of file descriptors, which passes when a connection closes.
@@ -47,16 +52,32 @@ pub enum PublishError {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) limits: Limits,
-    pub(super) budget: Budget,
-    pub(super) counters: Counters,
     pub(super) tls: Tls,
-    /// Name of the export that the empty name means.
+    /// The export that the empty name means. Without it, the only one there is.
     pub(super) default_export: Option<String>,
+    pub(super) budget: Budget,
+    pub(super) admission: Admission,
+    pub(super) counters: Counters,
+    /// For lines about clients that came and went as they should.
+    pub(super) log: LogGate,
+    /// For lines about others.
+    pub(super) trouble_log: LogGate,
 }
 
-/// An NBD server, bound to its address.
+/// How a server meets its clients.
+#[derive(Debug, Clone, Default)]
+pub struct Manners {
+    /// What it spends on them.
+    pub limits: Limits,
+    /// Whether they use TLS.
+    pub tls: Tls,
+    /// The export that the empty name means. Without it, the only one there is.
+    pub default_export: Option<String>,
+}
+
+/// An NBD server, bound to its addresses.
 pub struct NbdServer {
-    listening: ListeningSocket,
+    listening: Vec<ListeningSocket>,
     exports: RwLock<Arc<[Arc<dyn Backend>]>>,
     shared: Arc<Shared>,
 }
@@ -66,28 +87,30 @@ enum Acceptor {
     Unix(UnixListener),
 }
 
-/// Counts one open connection until dropped.
-struct OpenConnection(Arc<Shared>);
-
 impl NbdServer {
-    /// Takes the address. Nothing is accepted before [`Self::serve`]; clients that connect earlier wait.
+    /// Takes one address. Nothing is accepted before [`Self::serve`]; clients that connect earlier wait.
     pub fn bind(listen: &ListenAddress, exports: Vec<Arc<dyn Backend>>, limits: Limits) -> Result<Self, BindError> {
-        let limits = limits.raised_to_minimum();
-        let server = Self {
-            listening: ListeningSocket::bind(listen)?,
-            exports: RwLock::new(Arc::new([])),
-            shared: Arc::new(Shared {
-                budget: Budget::new(limits.inflight_bytes_max),
-                limits,
-                counters: Counters::default(),
-                tls: Tls::default(),
-                default_export: None,
-            }),
-        };
+        let server = Self::new(vec![ListeningSocket::bind(listen)?], Manners { limits, ..Manners::default() });
         for export in exports {
             server.publish(export)?;
         }
         Ok(server)
+    }
+
+    /// A server at sockets that are bound already, without exports so far.
+    pub fn new(listening: Vec<ListeningSocket>, manners: Manners) -> Self {
+        let limits = manners.limits.raised_to_minimum();
+        let shared = Shared {
+            budget: Budget::new(limits.inflight_bytes_max),
+            limits,
+            tls: manners.tls,
+            default_export: manners.default_export,
+            admission: Admission::default(),
+            counters: Counters::default(),
+            log: LogGate::new(),
+            trouble_log: LogGate::new(),
+        };
+        Self { listening, exports: RwLock::new(Arc::new([])), shared: Arc::new(shared) }
     }
 
     /// Offers one more export to connections that are accepted from now on.
@@ -106,14 +129,29 @@ impl NbdServer {
         Ok(())
     }
 
-    /// Where the server listens; the port is the real one if port 0 was asked for.
+    /// Where the server listens, first of all; the port is the real one if port 0 was asked for.
+    ///
+    /// # Panics
+    /// If the server was made without a socket.
     pub fn local_address(&self) -> &ListenAddress {
-        self.listening.local_address()
+        self.listening[0].local_address()
     }
 
-    /// The NBD URI of an export of this server.
+    /// The NBD URI of an export at the first address.
+    ///
+    /// # Panics
+    /// If the server was made without a socket.
     pub fn uri(&self, export: &str) -> String {
-        self.local_address().uri(export)
+        self.uri_at(&self.listening[0], export)
+    }
+
+    /// The NBD URIs of an export, one for each address.
+    pub fn uris(&self, export: &str) -> Vec<String> {
+        self.listening.iter().map(|socket| self.uri_at(socket, export)).collect()
+    }
+
+    fn uri_at(&self, socket: &ListeningSocket, export: &str) -> String {
+        socket.local_address().uri(export, matches!(self.shared.tls, Tls::Require(_)))
     }
 
     /// What has been counted so far.
@@ -123,26 +161,26 @@ impl NbdServer {
 
     /// Serves until `shutdown` turns true (or its sender is gone). Then accepts no more, answers new requests with
     /// ESHUTDOWN, lets outstanding ones finish for [`Limits::shutdown_timeout`], and closes every connection. The
-    /// address is free as soon as this begins, and the server cannot be served again. Needs a tokio runtime with I/O and time; fails only before the first connection.
+    /// addresses are free as soon as this begins, and the server cannot be served again. Needs a tokio runtime with I/O
+    /// and time; fails only before the first connection.
     pub async fn serve(&self, shutdown: watch::Receiver<bool>) -> io::Result<()> {
-        let acceptor = Acceptor::new(self.listening.socket())?;
+        let acceptors: Vec<Acceptor> =
+            self.listening.iter().map(|listening| Acceptor::new(listening.socket())).collect::<io::Result<_>>()?;
         let mut sessions = JoinSet::new();
         let mut stop = std::pin::pin!(stopped(shutdown.clone()));
+        let mut turn = 0;
         loop {
             tokio::select! {
-                accepted = acceptor.accept() => match accepted {
+                accepted = accept_any(&acceptors, &mut turn) => match accepted {
                     Ok(stream) => self.take_on(stream, &mut sessions, &shutdown),
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept an NBD connection");
-                        tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
-                    }
+                    Err(error) => self.on_accept_failed(&error).await,
                 },
                 Some(ended) = sessions.join_next() => report_panic(ended),
                 () = &mut stop => break,
             }
         }
-        drop(acceptor);
-        self.listening.stop();
+        drop(acceptors);
+        self.listening.iter().for_each(ListeningSocket::stop);
         let all_ended = async {
             while let Some(ended) = sessions.join_next().await {
                 report_panic(ended);
@@ -157,26 +195,64 @@ impl NbdServer {
         Ok(())
     }
 
+    /// Without file descriptors, whoever has nothing to say yet gives one back.
+    async fn on_accept_failed(&self, error: &io::Error) {
+        if let Some(suppressed) = self.shared.trouble_log.pass() {
+            tracing::warn!(%error, suppressed, "cannot accept an NBD connection");
+        }
+        let is_out_of_files =
+            [Errno::MFILE, Errno::NFILE].map(|e| Some(e.raw_os_error())).contains(&error.raw_os_error());
+        if !(is_out_of_files && self.shared.admission.send_oldest_away()) {
+            tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+        }
+    }
+
     fn take_on(&self, stream: Stream, sessions: &mut JoinSet<()>, shutdown: &watch::Receiver<bool>) {
-        let limit = self.shared.limits.connections_max;
-        if sessions.len() >= limit {
-            self.shared.counters.on_connection_refused();
-            tracing::warn!(limit, "NBD connection refused: too many");
+        let shared = &self.shared;
+        let limit = shared.limits.connections_max;
+        if shared.admission.is_full(limit) {
+            shared.counters.on_connection_refused();
+            if let Some(suppressed) = shared.trouble_log.pass() {
+                tracing::warn!(limit, suppressed, "NBD connection refused: too many");
+            }
             return;
         }
         let exports = Arc::clone(&self.exports.read().unwrap_or_else(PoisonError::into_inner));
-        let shared = Arc::clone(&self.shared);
-        let open = OpenConnection::new(Arc::clone(&shared));
         let shutdown = shutdown.clone();
-        sessions.spawn(async move {
-            let _open = open;
-            serve_connection(stream, shared, exports, shutdown).await;
+        let was_crowded = Place::take(shared, |place| {
+            let shared = Arc::clone(shared);
+            sessions.spawn(serve_connection(stream, shared, exports, place, shutdown))
         });
+        if was_crowded {
+            shared.counters.on_connection_refused();
+            if let Some(suppressed) = shared.trouble_log.pass() {
+                let limit = shared.limits.handshakes_max;
+                tracing::warn!(limit, suppressed, "the oldest of too many NBD handshakes was ended");
+            }
+        }
     }
 }
 
+/// The next connection of any socket; `turn` says which is asked first, so that a busy one cannot keep out others.
+async fn accept_any(acceptors: &[Acceptor], turn: &mut usize) -> io::Result<Stream> {
+    poll_fn(|cx| {
+        for step in 0..acceptors.len() {
+            let index = (*turn + step) % acceptors.len();
+            if let Poll::Ready(accepted) = acceptors[index].poll_accept(cx) {
+                *turn = index + 1;
+                return Poll::Ready(accepted);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
 fn report_panic(ended: Result<(), tokio::task::JoinError>) {
-    if let Err(error) = ended {
+    // One that was cancelled had to give way.
+    if let Err(error) = ended
+        && error.is_panic()
+    {
         tracing::error!(%error, "an NBD connection ended in a panic");
     }
 }
@@ -190,23 +266,17 @@ impl Acceptor {
         }
     }
 
-    async fn accept(&self) -> io::Result<Stream> {
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Stream>> {
         match self {
-            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept().await?.0)),
-            Self::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
+            Self::Tcp(listener) => {
+                let (stream, _) = ready!(listener.poll_accept(cx))?;
+                tune(&stream);
+                Poll::Ready(Ok(Stream::Tcp(stream)))
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = ready!(listener.poll_accept(cx))?;
+                Poll::Ready(Ok(Stream::Unix(stream)))
+            }
         }
-    }
-}
-
-impl OpenConnection {
-    fn new(shared: Arc<Shared>) -> Self {
-        shared.counters.on_connection_opened();
-        Self(shared)
-    }
-}
-
-impl Drop for OpenConnection {
-    fn drop(&mut self) {
-        self.0.counters.on_connection_closed();
     }
 }

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
 use super::access::Client;
+use super::admission::Place;
 use super::backend::{Backend, ExportInfo};
 use super::constants::{OPTION_DATA_BYTES_MAX, OPTION_HEADER_BYTES};
 use super::handshake::{Agreement, Handshake, HandshakeError, Offer, Progress, TlsMode, greeting};
@@ -45,6 +47,8 @@ pub(super) enum SessionEnd {
     PayloadTooLong { length: u64 },
     #[error("the client hung up before its change could be taken in; the change may be stale and was dropped")]
     StaleChange,
+    #[error("too many clients are connected")]
+    TooMany,
     #[error("TLS could not be started: {0}")]
     Tls(#[source] io::Error),
     #[error("connection lost: {0}")]
@@ -70,6 +74,7 @@ pub(super) async fn serve_connection(
     stream: Stream,
     shared: Arc<Shared>,
     exports: Arc<[Arc<dyn Backend>]>,
+    mut place: Place,
     shutdown: watch::Receiver<bool>,
 ) {
     let handshake_timeout = shared.limits.handshake_timeout;
@@ -81,20 +86,34 @@ pub(super) async fn serve_connection(
         () = stopped(shutdown.clone()) => Err(SessionEnd::Stopping),
     };
     let end = match negotiated {
-        Ok(negotiated) => transmit(negotiated, shared, &exports, shutdown).await,
+        Ok(negotiated) if place.become_client() => transmit(negotiated, Arc::clone(&shared), &exports, shutdown).await,
+        Ok(_) => SessionEnd::TooMany,
         Err(end) => end,
     };
+    drop(place);
+    log_end(&shared, &end);
+}
+
+/// Says why a session ended, unless too much is said about connections already.
+fn log_end(shared: &Shared, end: &SessionEnd) {
     match end {
         SessionEnd::Goodbye | SessionEnd::Closed | SessionEnd::Stopping => {
-            tracing::info!("NBD connection closed: {end}");
+            if let Some(suppressed) = shared.log.pass() {
+                tracing::info!(suppressed, "NBD connection closed: {end}");
+            }
         }
         SessionEnd::HandshakeTimeout(_)
         | SessionEnd::Handshake(_)
         | SessionEnd::BadMagic(_)
         | SessionEnd::PayloadTooLong { .. }
         | SessionEnd::StaleChange
+        | SessionEnd::TooMany
         | SessionEnd::Tls(_)
-        | SessionEnd::Io(_) => tracing::warn!("NBD connection closed: {end}"),
+        | SessionEnd::Io(_) => {
+            if let Some(suppressed) = shared.trouble_log.pass() {
+                tracing::warn!(suppressed, "NBD connection closed: {end}");
+            }
+        }
     }
 }
 
@@ -160,7 +179,9 @@ async fn transmit(
 ) -> SessionEnd {
     let Negotiated { stream, agreement, rest } = negotiated;
     let backend = Arc::clone(&exports[agreement.export]);
-    tracing::info!(export = backend.export().name, style = ?agreement.style, "NBD client connected");
+    if let Some(suppressed) = shared.log.pass() {
+        tracing::info!(export = backend.export().name, style = ?agreement.style, suppressed, "NBD client connected");
+    }
     let (read, write) = stream.split();
     let intake = Intake::new(read, &rest);
     let outbox = Arc::new(Outbox::new(write));
@@ -177,9 +198,11 @@ async fn transmit(
         };
         transmission.uncork();
         outbox.outstanding_below(1).await;
-        if !matches!(end, SessionEnd::Closed | SessionEnd::Io(_)) {
-            outbox.stream().shut_down_writing();
-            let linger = transmission.discard_to_end();
+        if !matches!(end, SessionEnd::Io(_)) {
+            let linger = async {
+                outbox.stream().shut_down_writing().await?;
+                transmission.discard_to_end().await
+            };
             let _ = tokio::time::timeout(LINGER_TIMEOUT, linger).await;
         }
         end

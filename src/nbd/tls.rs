@@ -3,9 +3,12 @@
 use std::io;
 use std::sync::Arc;
 
-use rustls::ServerConfig;
+use rustls::{ServerConfig, ServerConnection};
+use tokio_rustls::TlsAcceptor;
+use webpki::EndEntityCert;
 
-use super::stream::Stream;
+use super::encrypted::EncryptedStream;
+use super::stream::{Stream, split_tcp, split_unix};
 
 /// Whether clients use TLS.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +30,27 @@ pub(super) struct Encrypted {
 
 /// Does the server's part of the TLS handshake. The caller bounds the time.
 pub(super) async fn start(stream: Stream, config: &Arc<ServerConfig>) -> io::Result<Encrypted> {
-    let _ = (stream, config);
-    Err(io::ErrorKind::Unsupported.into())
+    let acceptor = TlsAcceptor::from(Arc::clone(config));
+    let (halves, connection) = match stream {
+        Stream::Tcp(stream) => {
+            let (stream, connection) = acceptor.accept(stream).await?.into_inner();
+            (split_tcp(stream), connection)
+        }
+        Stream::Unix(stream) => {
+            let (stream, connection) = acceptor.accept(stream).await?.into_inner();
+            (split_unix(stream), connection)
+        }
+        Stream::Tls(_) => return Err(io::Error::new(io::ErrorKind::InvalidInput, "TLS within TLS")),
+    };
+    let names = names(&connection);
+    Ok(Encrypted { stream: Stream::Tls(EncryptedStream::new(halves, connection)), names })
+}
+
+/// The DNS names of the client's certificate, which the handshake has verified.
+fn names(connection: &ServerConnection) -> Vec<String> {
+    let certificate = connection.peer_certificates().and_then(<[_]>::first);
+    let Some(Ok(certificate)) = certificate.map(EndEntityCert::try_from) else {
+        return Vec::new();
+    };
+    certificate.valid_dns_names().map(str::to_owned).collect()
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::backend::{Answer, Backend, Completion, IoError, Request, Stale};
-use super::budget::Charge;
+use super::budget::{Charge, Share};
 use super::constants::{CONTEXT_FILTER_BYTES, EXTENTS_MAX};
 use super::handshake::Agreement;
 use super::intake::{Fill, Intake};
@@ -30,6 +30,7 @@ pub(super) struct Transmission {
     outbox: Arc<Outbox>,
     cork: Option<Cork>,
     shared: Arc<Shared>,
+    budget: Share,
     shutdown: watch::Receiver<bool>,
     backend: Arc<dyn Backend>,
     read_only: bool,
@@ -48,7 +49,8 @@ impl Transmission {
     ) -> Self {
         let read_only = backend.export().read_only;
         let refusals = Refusals::default();
-        Self { intake, outbox, cork: None, shared, shutdown, backend, read_only, agreement, refusals }
+        let budget = shared.budget.share(shared.limits.connection_bytes_max);
+        Self { intake, outbox, cork: None, shared, budget, shutdown, backend, read_only, agreement, refusals }
     }
 
     /// Up to the end of the connection.
@@ -199,12 +201,12 @@ impl Transmission {
             Operation::BlockStatus { .. } => STATUS_REPLY_BYTES_MAX,
             Operation::Flush | Operation::Trim { .. } | Operation::WriteZeroes { .. } | Operation::Cache => 0,
         };
-        let charge = match self.shared.budget.try_charge(data_bytes) {
+        let charge = match self.budget.try_charge(data_bytes) {
             Some(charge) => charge,
             None => {
                 self.uncork();
                 waited = true;
-                let charge = self.shared.budget.charge(data_bytes).await;
+                let charge = self.budget.charge(data_bytes).await;
                 charge.ok_or(SessionEnd::Stopping)?
             }
         };
