@@ -19,5 +19,6 @@ pub mod journal;
 pub mod replica;
 
 pub mod server;
+pub mod service;
 pub mod superblock;
 pub mod tls;

@@ -11,6 +11,7 @@ use listener_agent::config::{AGENT_SAMPLE, AgentConfig, Endpoint, OPEN_WORDS};
 use listener_agent::console::{self, ConsoleArgs, Failure, SHUTDOWN_MAX, ShutdownSignals, say};
 use listener_agent::inspect::{self, VerifyReport};
 use listener_agent::server::AgentServer;
+use listener_agent::service::{self, PassedSocket};
 use tokio::sync::watch;
 
 const PROGRAM: &str = "listener-agent";
@@ -75,11 +76,14 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     cli.console.init_logging();
+    service::raise_file_limit();
+    let passed = service::passed_sockets();
     console::run(PROGRAM, async {
+        let passed = passed?;
         match (cli.command, cli.serve) {
             (Some(Command::Inspect { dir, json }), _) => inspect_directory(&dir, json),
             (Some(Command::Verify { dir }), _) => verify_directory(&dir),
-            (None, Some(args)) => serve(&agent_config(args)?).await,
+            (None, Some(args)) => serve(agent_config(args)?, passed).await,
             (None, None) => Err(nothing_to_serve()),
         }
     })
@@ -99,25 +103,46 @@ fn agent_config(args: ServeArgs) -> Result<AgentConfig, Failure> {
     let mut config = AgentConfig::new(listen, data);
     config.tls.certificates = args.tls_certificates;
     config.insecure = args.insecure;
-    if config.is_open() {
-        return Err(Failure::usage(format_args!("--listen {}: {OPEN_WORDS}", config.listen)).remedy(
-            "give --tls-certificates DIR (`nbdcast certs` makes one), listen at a loopback address or a Unix socket, or \
-             allow it with --insecure",
-        ));
-    }
+    refuse_open(&config, "--listen")?;
     Ok(config)
 }
 
+fn refuse_open(config: &AgentConfig, what: &str) -> Result<(), Failure> {
+    if !config.is_open() {
+        return Ok(());
+    }
+    Err(Failure::usage(format_args!("{what} {}: {OPEN_WORDS}", config.listen)).remedy(
+        "use certificates (`nbdcast certs` makes them; --tls-certificates DIR, or `certificates` in [tls]), listen at a \
+         loopback address or a Unix socket, or allow it with --insecure or `insecure = true`",
+    ))
+}
+
+/// An agent listens at one place.
+fn only(mut passed: Vec<PassedSocket>) -> Result<Option<PassedSocket>, Failure> {
+    if passed.len() > 1 {
+        return Err(Failure::usage(format_args!("{} sockets were passed in LISTEN_FDS", passed.len()))
+            .remedy("keep one ListenStream= in the .socket unit"));
+    }
+    Ok(passed.pop())
+}
+
 /// Serves until a signal; then gives what is in flight a bounded time to finish.
-async fn serve(config: &AgentConfig) -> Result<(), Failure> {
+async fn serve(mut config: AgentConfig, passed: Vec<PassedSocket>) -> Result<(), Failure> {
+    let passed = only(passed)?;
+    if let Some(socket) = &passed {
+        let unusable = |error| Failure::failed(format_args!("cannot use the socket passed in LISTEN_FDS: {error}"));
+        config.listen = socket.endpoint().map_err(unusable)?;
+        refuse_open(&config, "the socket passed in LISTEN_FDS,")?;
+    }
     let mut signals = ShutdownSignals::install()?;
     let fail = |error: listener_agent::server::AgentError| Failure {
         exit_code: error.exit_code(),
         remedy: error.remedy(),
         message: error.to_string(),
     };
-    let server = AgentServer::bind(config).await.map_err(fail)?;
+    let server = AgentServer::bind_at(&config, passed).await.map_err(fail)?;
     say(format_args!("ready {}", server.local_address()))?;
+    service::ready(&format!("listens at {}", server.local_address()));
 
     let (stop, stopping) = watch::channel(false);
     let mut serving = tokio::spawn(server.serve(stopping));
@@ -125,6 +150,7 @@ async fn serve(config: &AgentConfig) -> Result<(), Failure> {
         ended = &mut serving => ended,
         name = signals.next() => {
             tracing::info!(signal = name, "stopping");
+            service::stopping();
             signals.exit_on_next(PROGRAM);
             stop.send_replace(true);
             tokio::time::timeout(SHUTDOWN_MAX, serving).await.map_err(|_| {

@@ -24,6 +24,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::config::{AgentConfig, Endpoint};
 use crate::connection::ConnectionError;
+use crate::service::PassedSocket;
 use crate::tls::TlsError;
 use door::Door;
 use replicas::{Replicas, volumes_in};
@@ -91,7 +92,8 @@ impl AgentError {
 
 enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    /// With the path of its file, unless that belongs to whoever passed the socket.
+    Unix(UnixListener, Option<PathBuf>),
 }
 
 /// An agent that has its address and its replicas.
@@ -116,12 +118,21 @@ impl AgentServer {
     /// Takes the address and opens all replicas. One that cannot be opened is reported and does not keep the others
     /// from service.
     pub async fn bind(config: &AgentConfig) -> Result<AgentServer, AgentError> {
+        AgentServer::bind_at(config, None).await
+    }
+
+    /// As [`AgentServer::bind`], at a socket that was `passed` if there is one; `config.listen` is its address then.
+    pub async fn bind_at(config: &AgentConfig, passed: Option<PassedSocket>) -> Result<AgentServer, AgentError> {
         let door = Door::of(&config.tls)?.map(Arc::new);
         if door.is_none() && !config.listen.is_local() {
             warn!("{} can be reached from other machines, without encryption or authentication", config.listen);
         }
         let bind_error = |cause| AgentError::Bind { address: config.listen.clone(), cause };
-        let listener = listen(&config.listen).await.map_err(bind_error)?;
+        let listener = match passed {
+            Some(passed) => take_over(passed),
+            None => listen(&config.listen).await,
+        };
+        let listener = listener.map_err(bind_error)?;
         let address = match &listener {
             Listener::Tcp(socket) => socket.local_addr().map_err(bind_error)?.to_string(),
             Listener::Unix(_, _) => config.listen.to_string(),
@@ -172,7 +183,7 @@ impl AgentServer {
                 () = &mut stopped => break,
             }
         }
-        if let Listener::Unix(_, path) = &self.listener {
+        if let Listener::Unix(_, Some(path)) = &self.listener {
             // Left behind it would do no harm: the next start replaces a socket nobody listens at.
             let _ = std::fs::remove_file(path);
         }
@@ -231,12 +242,25 @@ impl AgentServer {
     }
 }
 
+fn take_over(passed: PassedSocket) -> io::Result<Listener> {
+    match passed {
+        PassedSocket::Tcp(listener) => {
+            listener.set_nonblocking(true)?;
+            Ok(Listener::Tcp(TcpListener::from_std(listener)?))
+        }
+        PassedSocket::Unix(listener) => {
+            listener.set_nonblocking(true)?;
+            Ok(Listener::Unix(UnixListener::from_std(listener)?, None))
+        }
+    }
+}
+
 async fn listen(endpoint: &Endpoint) -> io::Result<Listener> {
     match endpoint {
         Endpoint::Tcp { host, port } => Ok(Listener::Tcp(TcpListener::bind((host.as_str(), *port)).await?)),
         Endpoint::Unix(path) => {
             remove_dead_socket(path).await?;
-            Ok(Listener::Unix(UnixListener::bind(path)?, path.clone()))
+            Ok(Listener::Unix(UnixListener::bind(path)?, Some(path.clone())))
         }
     }
 }
