@@ -18,11 +18,12 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use listener_agent::config::{ByteSize, Endpoint};
 use listener_agent::console::{self, ConsoleArgs, Failure, say};
+use listener_agent::service;
 
 use crate::admin::client::{AdminUrl, AskError};
 use crate::certs::DAYS_MAX;
-use crate::config::{EngineConfig, LoadError};
-use crate::runtime;
+use crate::config::{EngineConfig, LoadError, TlsMode};
+use crate::runtime::{self, StartOptions};
 
 const PROGRAM: &str = "nbdcast";
 
@@ -88,6 +89,12 @@ struct DemoArgs {
     /// Where the admin HTTP server listens: host:port [default: 127.0.0.1:10808]
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<Endpoint>,
+    /// Whether NBD clients use TLS [default: off]
+    #[arg(long, value_name = "MODE", requires = "tls_certificates")]
+    tls: Option<TlsMode>,
+    /// Directory with ca-cert.pem, server-cert.pem and server-key.pem; clients show a certificate of that CA
+    #[arg(long, value_name = "DIR", requires = "tls")]
+    tls_certificates: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -107,6 +114,9 @@ struct ServeArgs {
     /// Serve even if another engine seems to be serving these volumes; that one is shut out
     #[arg(long)]
     take_over: bool,
+    /// Whether NBD clients use TLS, instead of what the config file says
+    #[arg(long, value_name = "MODE")]
+    tls: Option<TlsMode>,
 }
 
 #[derive(Debug, Args)]
@@ -245,14 +255,19 @@ struct StatusArgs {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     cli.console.init_logging();
+    service::raise_file_limit();
+    let passed = service::passed_sockets();
     console::run(PROGRAM, async {
+        let sockets = serve::listening(passed?)?;
         match cli.command {
-            Command::Demo(args) => demo::run(args).await,
+            Command::Demo(args) => demo::run(args, sockets).await,
             Command::Create(args) => create(args).await,
             Command::Serve(args) => {
-                let config = load(&args.config)?;
-                let take_over = args.take_over;
-                serve::run(&config, take_over, serve::announce_ready).await
+                let mut config = load(&args.config)?;
+                config.nbd.tls.mode = args.tls.unwrap_or(config.nbd.tls.mode);
+                config.check(&args.config).map_err(unusable)?;
+                let options = StartOptions { take_over: args.take_over, sockets };
+                serve::run(&config, options, serve::announce_ready).await
             }
             Command::Certs(args) => certs::run(args),
             Command::Status(args) => status::run(args).await,

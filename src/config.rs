@@ -5,6 +5,7 @@
 
 mod agents;
 mod invalid;
+mod nbd;
 mod validate;
 
 use std::path::{Path, PathBuf};
@@ -14,8 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use listener_agent::config::{self as file, ByteSize, ConfigError, Endpoint};
 
+use crate::nbd::access::Network;
 pub use agents::AgentsConfig;
 pub use invalid::{InvalidConfig, InvalidValue};
+pub use nbd::{NbdConfig, NbdTls, SocketMode, SocketOwner, TlsMode};
 pub use protocol::AckPolicy;
 pub use validate::check_name;
 
@@ -45,19 +48,6 @@ pub struct EngineConfig {
     pub volumes: Vec<VolumeConfig>,
 }
 
-/// `[nbd]`: where clients connect and what they may use.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct NbdConfig {
-    /// Default 127.0.0.1:10809.
-    pub listen: Endpoint,
-    /// Client connections at a time, over all exports. Default 256.
-    pub connections_max: u32,
-    /// Bytes of requests read from clients and not yet answered, over all connections; beyond it nothing is read from
-    /// the sockets. Default 64 MiB.
-    pub inflight_bytes_max: ByteSize,
-}
-
 /// `[admin]`: the HTTP server for status and metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default)]
@@ -78,6 +68,18 @@ pub struct VolumeConfig {
     /// Text that NBD clients may show. Default empty.
     #[serde(default)]
     pub description: String,
+    /// Clients cannot change it. Default false.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Clients are told to treat it as a rotating disk. Default false.
+    #[serde(default)]
+    pub rotational: bool,
+    /// Where clients over TCP may come from; empty for anywhere. Default empty.
+    #[serde(default, deserialize_with = "nbd::texts")]
+    pub allow_addresses: Vec<Network>,
+    /// Names of which a client's certificate must bear one; empty for any client. Default empty.
+    #[serde(default)]
+    pub allow_names: Vec<String>,
     /// When clients get their answers.
     #[serde(default)]
     pub ack: AckConfig,
@@ -213,12 +215,6 @@ impl TryFrom<ReplicaKeys> for ReplicaConfig {
     }
 }
 
-impl Default for NbdConfig {
-    fn default() -> Self {
-        NbdConfig { listen: loopback(10809), connections_max: 256, inflight_bytes_max: ByteSize::mib(64) }
-    }
-}
-
 impl Default for AdminConfig {
     fn default() -> Self {
         AdminConfig { listen: loopback(10808), insecure: false }
@@ -320,6 +316,8 @@ impl EngineConfig {
     }
 
     fn finish(mut self, config_file: &Path) -> Result<EngineConfig, LoadError> {
+        let certificates = &mut self.nbd.tls.certificates;
+        *certificates = certificates.take().map(|dir| file::resolve_beside(config_file, &dir));
         let replicas = self.volumes.iter_mut().flat_map(|v| &mut v.replicas);
         for replica in replicas {
             if let ReplicaPlace::Embedded { path, image } = &mut replica.place {

@@ -27,7 +27,7 @@ fn wanted(args: &CertsArgs) -> Result<Wanted, Failure> {
     if let Some(file) = &args.config {
         let config = load(file)?;
         agents.extend(agents_of(&config));
-        hosts.extend(host_of(&config.nbd.listen));
+        hosts.extend(config.nbd.listen.iter().filter_map(host_of));
     }
     let (agents, clients) = (each_once(agents), each_once(args.client.clone()));
     if clients.iter().any(|name| name.eq_ignore_ascii_case(ENGINE)) {

@@ -1,8 +1,8 @@
 //! `nbdcast demo`: a volume with its replicas in one directory, without a config file to write first.
 //!
 //! Owns the demo's config, kept as DIR/engine.toml from the first successful start on: from then on the directory is an
-//! ordinary engine's, and `nbdcast serve --config DIR/engine.toml` serves it as well. `--listen` and `--admin` hold for
-//! one run and are not kept.
+//! ordinary engine's, and `nbdcast serve --config DIR/engine.toml` serves it as well. `--listen`, `--admin` and
+//! `--tls` hold for one run and are not kept.
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,25 +14,30 @@ use listener_agent::console::{Failure, say};
 use super::{DemoArgs, not_created, serve, unusable};
 use crate::admin::client::AdminUrl;
 use crate::config::{EngineConfig, LoadError};
-use crate::runtime;
+use crate::nbd::ListeningSocket;
+use crate::runtime::{self, StartOptions};
 
 const VOLUME: &str = "demo";
 const SIZE_DEFAULT: ByteSize = ByteSize::gib(1);
 const REPLICAS_DEFAULT: u8 = 3;
 
-pub(super) async fn run(args: DemoArgs) -> Result<(), Failure> {
+pub(super) async fn run(args: DemoArgs, sockets: Vec<ListeningSocket>) -> Result<(), Failure> {
     let dir = directory(&args.dir)?;
     let config_file = dir.join("engine.toml");
     let mut config =
         if config_file.exists() { existing(&args, &config_file)? } else { create(&args, &dir, &config_file).await? };
     if let Some(listen) = args.listen {
-        config.nbd.listen = listen;
+        config.nbd.listen = vec![listen];
+    }
+    if let Some(mode) = args.tls {
+        config.nbd.tls.mode = mode;
+        config.nbd.tls.certificates = args.tls_certificates;
     }
     if let Some(listen) = args.admin {
         config.admin.listen = listen;
     }
     config.check(&config_file).map_err(unusable)?;
-    serve::run(&config, false, |uri, admin| announce(uri, admin, &dir)).await
+    serve::run(&config, StartOptions { take_over: false, sockets }, |uri, admin| announce(uri, admin, &dir)).await
 }
 
 /// The demo's directory, created if needed, as an absolute path without links.
@@ -162,7 +167,15 @@ mod tests {
     use crate::config::ReplicaPlace;
 
     fn args(dir: &Path) -> DemoArgs {
-        DemoArgs { dir: dir.to_owned(), size: None, replicas: None, listen: None, admin: None }
+        DemoArgs {
+            dir: dir.to_owned(),
+            size: None,
+            replicas: None,
+            listen: None,
+            admin: None,
+            tls: None,
+            tls_certificates: None,
+        }
     }
 
     #[test]

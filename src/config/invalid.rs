@@ -6,7 +6,7 @@ use std::fmt::{self, Display};
 
 use listener_agent::config::{ByteSize, Endpoint};
 
-use super::{BLOCK, ENGINE_SAMPLE};
+use super::{BLOCK, ENGINE_SAMPLE, TlsMode};
 
 /// Longest name of a volume or replica, in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 64;
@@ -80,6 +80,24 @@ pub enum InvalidValue {
         /// Who uses it besides, in words.
         other: String,
     },
+    /// No address to listen at.
+    #[error("nbd.listen is empty, so that no client could connect")]
+    NoListen,
+    /// TLS without a certificate to show.
+    #[error("nbd.tls.mode = \"{mode}\", but nbd.tls.certificates is not set")]
+    TlsWithoutCertificates {
+        /// The mode.
+        mode: TlsMode,
+    },
+    /// A default export that is none of the volumes.
+    #[error("nbd.default = {name:?} is not the name of a volume")]
+    UnknownDefault {
+        /// The name.
+        name: String,
+    },
+    /// Names of clients are asked for that no client could prove.
+    #[error("allow_names is set, but clients show no certificates: nobody could use the volume")]
+    NamesWithoutCertificates,
     /// No `[[volume]]`.
     #[error("there is no [[volume]]")]
     NoVolumes,
@@ -167,6 +185,18 @@ impl InvalidConfig {
             InvalidValue::Name { .. } => "choose a name such as \"vol0\" or \"node-a\"".to_owned(),
             InvalidValue::Duplicate { key, .. } => {
                 format!("give each its own {key}")
+            }
+            InvalidValue::NoListen => {
+                "leave nbd.listen out, or write an address such as \"127.0.0.1:10809\"".to_owned()
+            }
+            InvalidValue::TlsWithoutCertificates { .. } => {
+                "set certificates in [nbd.tls] to a directory with ca-cert.pem, server-cert.pem and server-key.pem; \
+                 `nbdcast certs` makes one"
+                    .to_owned()
+            }
+            InvalidValue::UnknownDefault { .. } => "write the name of a [[volume]] of this file".to_owned(),
+            InvalidValue::NamesWithoutCertificates => {
+                "set mode = \"require\" in [nbd.tls], with verify_clients = true; or leave allow_names out".to_owned()
             }
             InvalidValue::NoVolumes => {
                 format!("add a [[volume]] with name, size and replicas; {} is a complete sample", ENGINE_SAMPLE)

@@ -8,12 +8,12 @@ use super::*;
 
 const SAMPLE: &str = include_str!("../../config/engine.toml");
 
-/// Keys that have no default, and are shown as comments.
-const OPTIONAL: [&str; 3] = ["image = ", "certificates = ", "certificate = "];
-
 fn parse(text: &str) -> EngineConfig {
     EngineConfig::parse(Path::new("/etc/engine.toml"), text).expect("the sample parses")
 }
+
+/// Keys whose default is that they are not there.
+const OPTIONAL: &[&str] = &["image", "socket_mode", "socket_owner", "default", "certificates", "certificate"];
 
 /// The keys of a table, learnt as a user would: from the answer to a key that does not exist.
 fn keys_of(table: &str) -> &'static [&'static str] {
@@ -34,7 +34,8 @@ fn shown_keys() -> Vec<Shown> {
     let mut comment = String::new();
     let mut shown = Vec::new();
     for (line, text) in SAMPLE.lines().enumerate() {
-        let code = text.strip_prefix("# ").filter(|t| OPTIONAL.iter().any(|key| t.starts_with(key)));
+        let is_optional = |code: &&str| OPTIONAL.iter().any(|key| code.starts_with(&format!("{key} = ")));
+        let code = text.strip_prefix("# ").filter(is_optional);
         let code = code.unwrap_or(text);
         if let Some((key, _)) = code.split_once(" = ").filter(|_| !code.starts_with('#')) {
             let stated = comment.split_once("Default: ").map(|(_, d)| d.to_owned());
@@ -54,6 +55,7 @@ fn the_sample_shows_every_key_of_every_table() {
     let sample = shown_keys();
     let tables = [
         "[nbd]\nz_z = 1",
+        "[nbd.tls]\nz_z = 1",
         "[admin]\nz_z = 1",
         "[agents]\nz_z = 1",
         "[[volume]]\nz_z = 1",
@@ -61,7 +63,11 @@ fn the_sample_shows_every_key_of_every_table() {
         "[[volume]]\n[[volume.replica]]\nz_z = 1",
     ];
     for key in tables.into_iter().flat_map(keys_of) {
-        let of_table = matches!(*key, "replica") && SAMPLE.contains("[[volume.replica]]");
+        let of_table = match *key {
+            "replica" => SAMPLE.contains("[[volume.replica]]"),
+            "tls" => SAMPLE.contains("[nbd.tls]"),
+            _ => false,
+        };
         let inline = matches!(*key, "write" | "flush") && SAMPLE.contains(&format!("{key} = \"first\""));
         let own_line = sample.iter().any(|shown| shown.key == *key);
         assert!(own_line || of_table || inline, "the sample lacks `{key}`");
@@ -88,7 +94,7 @@ fn leaving_out_a_line_that_has_a_default_changes_nothing() {
         assert_eq!(config, full, "`{}` is not at its default", shown.key);
         left_out += 1;
     }
-    assert_eq!(left_out, 20, "keys with a stated default");
+    assert_eq!(left_out, 32, "keys with a stated default");
 }
 
 #[test]
@@ -103,17 +109,22 @@ fn the_default_in_the_comment_is_the_value_below_it() {
             "description" => assert_eq!(stated, "\"\" (none)"),
             "ack" => assert_eq!(stated, "first for both"),
             "journal_size" => assert_eq!(stated, "2 x lag_bytes_max + 64MiB"),
-            "certificates" => assert_eq!(stated, "none, no TLS"),
             "certificate" => assert_eq!(stated, "the replica's name"),
-            "image" => assert_eq!(stated, "none, the file"),
+            "allow_addresses" | "allow_names" => assert!(stated.starts_with("[] (")),
+            optional if OPTIONAL.contains(&optional) => assert!(stated.starts_with("none")),
             _ => assert_eq!(stated, value.trim_matches('"'), "`{}`", shown.key),
         }
     }
 }
 
 #[test]
-fn the_sample_of_a_block_device_parses_too() {
-    let with_image = SAMPLE.replace("# image = ", "image = ");
+fn the_sample_with_every_optional_key_parses_too() {
+    let with_image =
+        OPTIONAL.iter().fold(SAMPLE.to_owned(), |text, key| text.replace(&format!("# {key} = "), &format!("{key} = ")));
+    let nbd = parse(&with_image).nbd;
+    assert_eq!(nbd.socket_mode, Some(SocketMode(0o660)));
+    assert_eq!(nbd.socket_owner, Some(SocketOwner { user: None, group: Some("qemu".to_owned()) }));
+    assert_eq!(nbd.default.as_deref(), Some("vol0"));
     let ReplicaPlace::Embedded { image, .. } = &parse(&with_image).volumes[0].replicas[1].place else {
         panic!("the second replica of the sample is embedded");
     };

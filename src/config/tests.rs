@@ -257,3 +257,76 @@ fn the_name_in_an_agents_certificate_is_that_of_its_replica_or_what_is_said() {
     let embedded = text("").replace("path = \"/r/a\"", "path = \"/r/a\"\ncertificate = \"a\"");
     assert!(refusal(&format!("{tls}\n{embedded}")).0.contains("only beside `address`"));
 }
+
+#[test]
+fn clients_connect_at_one_address_or_several() {
+    let listen = |value: &str| parse(&format!("[nbd]\nlisten = {value}\n{}", text(""))).map(|config| config.nbd.listen);
+    let unix = Endpoint::Unix("/run/nbd.sock".into());
+    assert_eq!(listen("\"unix:/run/nbd.sock\"").expect("one"), [unix.clone()]);
+    assert_eq!(listen("[\"unix:/run/nbd.sock\", \"127.0.0.1:0\"]").expect("two")[0], unix);
+    let refused = |value: &str| refusal(&format!("[nbd]\nlisten = {value}\n{}", text(""))).0;
+    assert_eq!(refused("[]"), "nbd.listen is empty, so that no client could connect");
+    assert_eq!(refused("[\"h:1\", \"h:1\"]"), "nbd.listen = \"h:1\" is used twice, by an earlier address too");
+    assert!(refused("[\"h:1\", \"h\"]").starts_with("2: nbd, listen #2: `h` is not an address"));
+    assert!(refused("5").contains("expected an address, \"host:port\" or \"unix:/path\", or a list of them"));
+}
+
+#[test]
+fn who_owns_a_socket_is_said_by_name_or_number() {
+    let nbd = |line: &str| parse(&format!("[nbd]\n{line}\n{}", text(""))).map(|config| config.nbd);
+    assert_eq!(nbd("socket_mode = \"0600\"").expect("a mode").socket_mode, Some(SocketMode(0o600)));
+    let owner = |user: Option<&str>, group: Option<&str>| {
+        Some(SocketOwner { user: user.map(str::to_owned), group: group.map(str::to_owned) })
+    };
+    for (written, expected) in [
+        ("qemu:kvm", owner(Some("qemu"), Some("kvm"))),
+        ("qemu", owner(Some("qemu"), None)),
+        (":107", owner(None, Some("107"))),
+    ] {
+        assert_eq!(nbd(&format!("socket_owner = {written:?}")).expect(written).socket_owner, expected);
+    }
+    for line in [
+        "socket_mode = \"rw\"",
+        "socket_mode = \"1777\"",
+        "socket_mode = \"66\"",
+        "socket_owner = \":\"",
+        "socket_owner = \"a:b:c\"",
+    ] {
+        assert!(nbd(line).is_err(), "{line}");
+    }
+}
+
+#[test]
+fn tls_needs_certificates_and_names_need_tls() {
+    let with = |nbd: &str, volume: &str| format!("[nbd]\n{nbd}\n{}", text(volume));
+    assert_eq!(
+        refusal(&with("tls = { mode = \"require\" }", "")).0,
+        "nbd.tls.mode = \"require\", but nbd.tls.certificates is not set"
+    );
+    let names = "allow_names = [\"vm-host-1\"]";
+    let nobody = "volume \"vol0\": allow_names is set, but clients show no certificates: nobody could use the volume";
+    assert_eq!(refusal(&with("", names)).0, nobody);
+    let unverified = "tls = { mode = \"on\", certificates = \"tls\", verify_clients = false }";
+    assert_eq!(refusal(&with(unverified, names)).0, nobody);
+    let config = parse(&with("tls = { mode = \"on\", certificates = \"tls\" }", names)).expect("names are shown");
+    assert_eq!(config.nbd.tls.certificates.as_deref(), Some(Path::new("/etc/tls")));
+}
+
+#[test]
+fn a_default_export_is_one_of_the_volumes() {
+    parse(&format!("[nbd]\ndefault = \"vol0\"\n{}", text(""))).expect("a volume of this name");
+    assert_eq!(
+        refusal(&format!("[nbd]\ndefault = \"vol1\"\n{}", text(""))).0,
+        "nbd.default = \"vol1\" is not the name of a volume"
+    );
+}
+
+#[test]
+fn a_network_that_is_none_is_found_in_its_list() {
+    let (message, _) = refusal(&text("allow_addresses = [\"192.0.2.0/24\", \"192.0.2.1/24\"]"));
+    assert_eq!(
+        message,
+        "4: volume \"vol0\", allow_addresses #2: \"192.0.2.1/24\" is no network: bits beyond the first 24 are set; did you \
+         mean 192.0.2.0/24?"
+    );
+}

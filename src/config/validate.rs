@@ -8,7 +8,7 @@ use listener_agent::config::{ByteSize, Endpoint};
 use protocol::VOLUME_BYTES_MAX;
 
 use super::invalid::{DESCRIPTION_BYTES_MAX, InvalidConfig, InvalidValue, NAME_BYTES_MAX, REPLICAS_MAX};
-use super::{AgentsConfig, BLOCK, EngineConfig, ReplicaConfig, ReplicaPlace, VolumeConfig};
+use super::{AgentsConfig, BLOCK, EngineConfig, ReplicaConfig, ReplicaPlace, TlsMode, VolumeConfig};
 
 /// Checks a name of a volume or replica: it becomes a directory, an export and a label.
 pub fn check_name(name: &str) -> Result<(), InvalidValue> {
@@ -22,14 +22,7 @@ pub fn check_name(name: &str) -> Result<(), InvalidValue> {
 
 /// Checks everything; the first fault found is the one reported.
 pub(super) fn validate(config: &EngineConfig) -> Result<(), InvalidConfig> {
-    number("nbd.connections_max", config.nbd.connections_max.into(), 1, 65_536)?;
-    size(
-        "nbd.inflight_bytes_max",
-        config.nbd.inflight_bytes_max,
-        // One request of the greatest length that NBD clients send must fit, or it would wait for ever.
-        ByteSize::mib(32),
-        ByteSize::gib(64),
-    )?;
+    validate_nbd(config)?;
     if let Endpoint::Unix(_) = config.admin.listen {
         let value = config.admin.listen.clone();
         return Err(InvalidValue::AdminNotTcp { value }.into());
@@ -37,7 +30,7 @@ pub(super) fn validate(config: &EngineConfig) -> Result<(), InvalidConfig> {
     if !config.admin.insecure && !config.admin.listen.is_local() {
         return Err(InvalidValue::OpenAdmin { value: config.admin.listen.clone() }.into());
     }
-    let shared = config.nbd.listen == config.admin.listen;
+    let shared = config.nbd.listen.contains(&config.admin.listen);
     if let (true, Endpoint::Tcp { port: 1.., .. }) = (shared, &config.admin.listen) {
         let duplicate = InvalidValue::Duplicate {
             key: "listen",
@@ -66,6 +59,38 @@ pub(super) fn validate(config: &EngineConfig) -> Result<(), InvalidConfig> {
         validate_replicas(volume, &config.agents)?;
     }
     validate_images(config)
+}
+
+/// `[nbd]`, and what volumes say that depends on it.
+fn validate_nbd(config: &EngineConfig) -> Result<(), InvalidConfig> {
+    let nbd = &config.nbd;
+    if nbd.listen.is_empty() {
+        return Err(InvalidValue::NoListen.into());
+    }
+    for (index, endpoint) in nbd.listen.iter().enumerate() {
+        let takes_any_port = matches!(endpoint, Endpoint::Tcp { port: 0, .. });
+        if !takes_any_port && nbd.listen[..index].contains(endpoint) {
+            let (value, other) = (endpoint.to_string(), "an earlier address too".to_owned());
+            return Err(InvalidValue::Duplicate { key: "nbd.listen", value, other }.into());
+        }
+    }
+    number("nbd.connections_max", nbd.connections_max.into(), 1, 65_536)?;
+    // One request of the greatest length that NBD clients send must fit, or it would wait for ever.
+    size("nbd.inflight_bytes_max", nbd.inflight_bytes_max, ByteSize::mib(32), ByteSize::gib(64))?;
+    size("nbd.connection_bytes_max", nbd.connection_bytes_max, ByteSize::mib(32), ByteSize::gib(64))?;
+    if nbd.tls.mode != TlsMode::Off && nbd.tls.certificates.is_none() {
+        return Err(InvalidValue::TlsWithoutCertificates { mode: nbd.tls.mode }.into());
+    }
+    if let Some(name) = &nbd.default
+        && !config.volumes.iter().any(|volume| volume.name == *name)
+    {
+        return Err(InvalidValue::UnknownDefault { name: name.clone() }.into());
+    }
+    let shows_names = nbd.tls.mode != TlsMode::Off && nbd.tls.verify_clients;
+    match config.volumes.iter().find(|volume| !volume.allow_names.is_empty() && !shows_names) {
+        Some(volume) => Err(in_volume(&format!("{:?}", volume.name), InvalidValue::NamesWithoutCertificates)),
+        None => Ok(()),
+    }
 }
 
 fn in_volume(volume: &str, value: InvalidValue) -> InvalidConfig {

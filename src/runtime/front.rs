@@ -9,7 +9,6 @@ use protocol::ranges::ByteRange;
 
 use super::latency::{Latency, Percentiles};
 use super::volume_task::VolumeTask;
-use crate::nbd::access::AccessRules;
 use crate::nbd::{Allocation, Answer, Backend, Completion, ExportInfo, Extent, IoError, Request as NbdRequest, Stale};
 use crate::volume::{self, Failure, Request, Zeroing};
 
@@ -119,15 +118,7 @@ fn shown(found: &[extents::Extent], kind: Kind) -> Vec<Extent> {
 
 impl Backend for VolumeTask {
     fn export(&self) -> ExportInfo {
-        let (name, description) = (self.name().to_owned(), self.description.clone());
-        ExportInfo {
-            name,
-            description,
-            size_bytes: VolumeTask::size_bytes(self),
-            read_only: false,
-            rotational: false,
-            access: AccessRules::default(),
-        }
+        ExportInfo { size_bytes: VolumeTask::size_bytes(self), ..self.export.clone() }
     }
 
     fn size_bytes(&self) -> u64 {

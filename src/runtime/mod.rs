@@ -2,10 +2,12 @@
 //!
 //! [`volume_task`] holds a volume and carries out what it wants, [`front`] lets its clients in, [`link`] keeps the connection to a listener agent that [`dial`] makes,
 //! [`embedded`] does the same for a replica in this process, [`seat`] ties either to its volume, [`format`] makes new
-//! replicas, [`orders`] does what an operator asks for, [`report`] says how things stand and [`events`] what happened. No
+//! replicas, [`orders`] does what an operator asks for, [`door`] opens the way in for clients, [`report`] says how things stand and [`events`] what happened. No
 //! rule of ordering or replication is made here.
 
+mod accounts;
 mod dial;
+mod door;
 mod embedded;
 mod events;
 mod format;
@@ -18,11 +20,9 @@ mod seat;
 mod volume_task;
 
 use std::io;
-use std::net::ToSocketAddrs;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use listener_agent::config::Endpoint;
 use listener_agent::tls::TlsError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -31,10 +31,11 @@ use tracing::info;
 
 use crate::admin::control::Control;
 use crate::config::EngineConfig;
-use crate::nbd::{BindError, Limits, ListenAddress, NbdServer, PublishError};
+use crate::nbd::{ListeningSocket, NbdServer, PublishError};
 use crate::volume::StartRefusal;
 use dial::Agents;
 pub use dial::Trouble;
+pub use door::DoorError;
 use events::EventLog;
 pub use format::{CreateError, FormatError, create};
 use report::Reporter;
@@ -49,29 +50,23 @@ const CLOSE_MAX: Duration = Duration::from_millis(1500);
 const EVENTS_QUEUED_MAX: usize = 16;
 
 /// How to start.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct StartOptions {
     /// Fence another engine that serves the same volume.
     pub take_over: bool,
+    /// Sockets that were passed to this process; clients are served at these instead of the configured addresses.
+    pub sockets: Vec<ListeningSocket>,
 }
 
 /// Why an engine does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The NBD address cannot be listened at.
+    /// Clients cannot be let in.
     #[error(transparent)]
-    Bind(#[from] BindError),
+    Door(#[from] DoorError),
     /// An export cannot be offered.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// The NBD address is no address.
-    #[error("nbd.listen: cannot resolve {address}: {cause}")]
-    Resolve {
-        /// The address.
-        address: Endpoint,
-        /// Why.
-        cause: io::Error,
-    },
     /// The certificates for agents cannot be used.
     #[error("agents.certificates: {0}")]
     Tls(#[from] TlsError),
@@ -100,10 +95,9 @@ impl StartError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            StartError::Resolve { .. }
-            | StartError::Tls(_)
-            | StartError::Refused { refusal: StartRefusal::NotConfigured { .. }, .. } => 2,
-            StartError::Bind(_) | StartError::Publish(_) | StartError::Replica { .. } | StartError::Refused { .. } => 1,
+            StartError::Door(error) => error.exit_code(),
+            StartError::Tls(_) | StartError::Refused { refusal: StartRefusal::NotConfigured { .. }, .. } => 2,
+            StartError::Publish(_) | StartError::Replica { .. } | StartError::Refused { .. } => 1,
         }
     }
 
@@ -111,10 +105,10 @@ impl StartError {
     #[must_use]
     pub fn remedy(&self) -> Option<String> {
         match self {
-            // These say it themselves.
-            StartError::Bind(_) | StartError::Publish(_) => None,
-            StartError::Resolve { .. } => Some("write an IP address and a port, such as 127.0.0.1:10809".to_owned()),
+            StartError::Door(error) => error.remedy(),
             StartError::Tls(cause) => Some(cause.remedy()),
+            // It says so itself.
+            StartError::Publish(_) => None,
             StartError::Replica { cause, .. } => cause.remedy(),
             StartError::Refused { volume, refusal } => Some(refusal_remedy(volume, refusal)),
         }
@@ -193,8 +187,10 @@ pub enum ShutdownError {
 pub enum EngineEvent {
     /// A volume serves, and clients find it here.
     Ready {
-        /// Its NBD URI.
-        uri: String,
+        /// The volume.
+        volume: String,
+        /// Its NBD URIs, one for each address.
+        uris: Vec<String>,
     },
     /// A volume waits for replicas; it serves as soon as it can.
     Blocked {
@@ -242,14 +238,7 @@ impl Engine {
     /// Takes the NBD address and begins to activate every volume; [`Engine::next_event`] tells how that goes. Clients are
     /// let in as soon as the first serves. May be dropped at any moment.
     pub async fn start(config: &EngineConfig, options: StartOptions) -> Result<Engine, StartError> {
-        let address = resolve(&config.nbd.listen)?;
-        let limits = Limits {
-            connections_max: config.nbd.connections_max as usize,
-            inflight_bytes_max: config.nbd.inflight_bytes_max.bytes() as usize,
-            shutdown_timeout: DRAIN_MAX,
-            ..Limits::default()
-        };
-        let server = Arc::new(NbdServer::bind(&address, Vec::new(), limits)?);
+        let server = Arc::new(door::open(config, options.sockets, DRAIN_MAX)?);
         let front = Arc::new(Front { server, stop: watch::Sender::new(false), serving: Mutex::default() });
         let log = Arc::new(EventLog::default());
         let agents = Arc::new(Agents::new(&config.agents)?);
@@ -320,7 +309,7 @@ async fn follow(volume: Arc<VolumeTask>, front: Arc<Front>, tell: mpsc::Sender<E
             Outcome::Starting => None,
             Outcome::Blocked(refusal) => Some(EngineEvent::Blocked { volume: volume_name(), refusal }),
             Outcome::Serving => Some(match front.publish(volume.clone()) {
-                Ok(()) => EngineEvent::Ready { uri: front.server.uri(volume.name()) },
+                Ok(()) => EngineEvent::Ready { volume: volume_name(), uris: front.server.uris(volume.name()) },
                 Err(e) => EngineEvent::NotStarted(e.into()),
             }),
             Outcome::Refused(refusal) => {
@@ -337,17 +326,6 @@ async fn follow(volume: Arc<VolumeTask>, front: Arc<Front>, tell: mpsc::Sender<E
         }
         if outcome.changed().await.is_err() {
             return;
-        }
-    }
-}
-
-fn resolve(listen: &Endpoint) -> Result<ListenAddress, StartError> {
-    match listen {
-        Endpoint::Unix(path) => Ok(ListenAddress::Unix(path.clone())),
-        Endpoint::Tcp { host, port } => {
-            let failed = |cause| StartError::Resolve { address: listen.clone(), cause };
-            let mut addresses = (host.as_str(), *port).to_socket_addrs().map_err(failed)?;
-            addresses.next().map(ListenAddress::Tcp).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
         }
     }
 }

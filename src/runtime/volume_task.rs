@@ -19,6 +19,8 @@ use super::events::EventLog;
 use super::front::{Figures, Token};
 use super::seat::{Link, Slot, Slots, address_of, name};
 use crate::config::{OnLag, ReadPolicy, ReplicaPlace, VolumeConfig};
+use crate::nbd::ExportInfo;
+use crate::nbd::access::AccessRules;
 use crate::status::EventSeverity;
 use crate::volume::{
     Command, CommandRefusal, Event, Notice, PeerId, ReadSpread, Severity, StartRefusal, Time, Volume, VolumeSettings,
@@ -63,7 +65,8 @@ pub(super) struct VolumeTask {
     pub(super) journal_bytes: u64,
     pub(super) agents: Arc<Agents>,
     name: String,
-    pub(super) description: String,
+    /// What clients are told of it, but for its size.
+    pub(super) export: ExportInfo,
     /// The volume's size, as its state machine said last.
     size_bytes: AtomicU64,
     outcome: watch::Sender<Outcome>,
@@ -133,7 +136,7 @@ impl VolumeTask {
             journal_bytes: config.journal_size().bytes(),
             agents,
             name: config.name.clone(),
-            description: config.description.clone(),
+            export: export(config),
             size_bytes: AtomicU64::new(settings.size_bytes),
             settings,
             outcome: watch::Sender::new(Outcome::Starting),
@@ -422,6 +425,19 @@ impl Core {
         slots.resize(slots.len().max(peer + 1), None);
         slots[peer] = Some(slot);
         self.slots = slots.into();
+    }
+}
+
+/// What clients are told of a volume, its size left open, and which of them may use it.
+fn export(config: &VolumeConfig) -> ExportInfo {
+    let access = AccessRules { addresses: config.allow_addresses.clone(), names: config.allow_names.clone() };
+    ExportInfo {
+        name: config.name.clone(),
+        description: config.description.clone(),
+        size_bytes: 0,
+        read_only: config.read_only,
+        rotational: config.rotational,
+        access,
     }
 }
 
