@@ -34,6 +34,7 @@ mod powercut;
 mod recovery;
 mod replicas;
 mod resync;
+mod sparse;
 mod stall;
 mod takeover;
 mod tls;
