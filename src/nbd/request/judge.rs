@@ -105,8 +105,6 @@ pub enum Fault {
     UnknownCommand,
     /// Flags that mean nothing for the command, or that were not offered.
     UnknownFlags,
-    /// A WRITE with an extended header must say that it has a payload.
-    NoPayload,
     /// A list of contexts that is none.
     BadFilter,
     /// A context that was not offered.
@@ -133,7 +131,6 @@ impl Fault {
         match self {
             Self::UnknownCommand => "unknown command",
             Self::UnknownFlags => "unknown command flags",
-            Self::NoPayload => "a WRITE must carry PAYLOAD_LEN",
             Self::BadFilter => "the payload is no list of one metadata context",
             Self::UnknownContext => "unknown metadata context",
             Self::Stopping => "the server is stopping",
@@ -167,7 +164,6 @@ impl Refusal {
             Fault::TooLong if header.command == CMD_READ && style != ReplyStyle::Simple => WireError::Overflow,
             Fault::UnknownCommand
             | Fault::UnknownFlags
-            | Fault::NoPayload
             | Fault::BadFilter
             | Fault::UnknownContext
             | Fault::NoContext
@@ -225,9 +221,6 @@ fn find_fault(header: &RequestHeader, rules: ExportRules, stopping: bool) -> Opt
         return Some(Fault::UnknownFlags);
     }
     let is_write = header.command == CMD_WRITE;
-    if header.extended && is_write && !header.has_flag(CMD_FLAG_PAYLOAD_LEN) {
-        return Some(Fault::NoPayload);
-    }
     if stopping {
         return Some(Fault::Stopping);
     }

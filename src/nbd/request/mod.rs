@@ -69,10 +69,11 @@ impl RequestHeader {
         })
     }
 
-    /// Payload bytes that follow on the wire: with compact headers a WRITE has a payload, with extended ones the
-    /// flag PAYLOAD_LEN says so.
+    /// Payload bytes that follow on the wire. With extended headers the flag PAYLOAD_LEN announces a payload. A WRITE
+    /// has one without it too: it should say so, but QEMU 10 does not when it sets FUA.
     pub fn payload_bytes(&self) -> u64 {
-        let has_payload = if self.extended { self.has_flag(CMD_FLAG_PAYLOAD_LEN) } else { self.command == CMD_WRITE };
+        let is_announced = self.extended && self.has_flag(CMD_FLAG_PAYLOAD_LEN);
+        let has_payload = self.command == CMD_WRITE || is_announced;
         if has_payload { self.length } else { 0 }
     }
 
