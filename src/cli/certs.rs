@@ -85,7 +85,8 @@ fn advice(member: &Member) -> String {
         ),
         Holder::Engine => format!(
             "\nCopy {dir} to the machine of the engine, such as to /etc/nbdcast/engine, and set in the engine's config:\n  \
-             [agents]\n  certificates = \"/etc/nbdcast/engine\"\nIts server-cert.pem is for the NBD clients of [nbd]."
+             [agents]\n  certificates = \"/etc/nbdcast/engine\"\nFor NBD clients over TLS, also:\n  [nbd.tls]\n  mode = \"require\"\n  \
+             certificates = \"/etc/nbdcast/engine\""
         ),
         Holder::Agent(name) => format!(
             "\nCopy {dir} to the machine of agent {name}, such as to /etc/nbdcast/agent, and set in the agent's config (or \
