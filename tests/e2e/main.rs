@@ -23,6 +23,7 @@ mod status;
 mod tools;
 mod writer;
 
+mod activation;
 mod bounds;
 mod clients;
 mod crash;

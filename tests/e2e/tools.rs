@@ -12,15 +12,17 @@ const PLACES: [&str; 4] = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
 
 /// Where `tool` is; panics with the remedy if it is nowhere.
 pub fn find(tool: &str) -> PathBuf {
+    let Some(found) = look_for(tool) else {
+        panic!("this test needs `{tool}`, which is not installed: run scripts/install-clients")
+    };
+    found
+}
+
+/// Where `tool` is, if it is here at all.
+pub fn look_for(tool: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = PLACES.iter().map(PathBuf::from);
-    match places.chain(std::env::split_paths(&path)).map(|place| place.join(tool)).find(|candidate| candidate.is_file())
-    {
-        Some(found) => found,
-        None => {
-            panic!("this test needs `{tool}`, which is not installed: run scripts/install-clients")
-        }
-    }
+    places.chain(std::env::split_paths(&path)).map(|place| place.join(tool)).find(|candidate| candidate.is_file())
 }
 
 /// A command for `tool`, with the places above first in its PATH.
