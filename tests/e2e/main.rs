@@ -37,6 +37,7 @@ mod policies;
 mod powercut;
 mod recovery;
 mod replicas;
+mod resent;
 mod resync;
 mod sparse;
 mod stall;

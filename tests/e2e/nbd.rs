@@ -14,6 +14,7 @@ const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+const OPT_STARTTLS: u32 = 5;
 const OPT_GO: u32 = 7;
 const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
@@ -60,6 +61,25 @@ pub struct Request {
     pub offset: u64,
     pub length: u32,
     pub payload: Vec<u8>,
+}
+
+impl Request {
+    /// As it is sent.
+    pub fn message(&self, cookie: u64) -> Vec<u8> {
+        let length = match self.command {
+            CMD_WRITE => self.payload.len() as u32,
+            _ => self.length,
+        };
+        let mut message = Vec::with_capacity(28 + self.payload.len());
+        message.extend(REQUEST_MAGIC.to_be_bytes());
+        message.extend(self.flags.to_be_bytes());
+        message.extend(self.command.to_be_bytes());
+        message.extend(cookie.to_be_bytes());
+        message.extend(self.offset.to_be_bytes());
+        message.extend(length.to_be_bytes());
+        message.extend(&self.payload);
+        message
+    }
 }
 
 #[derive(Debug)]
@@ -165,21 +185,9 @@ impl Client {
 
 impl Sender {
     pub fn send(&mut self, cookie: u64, request: &Request) -> io::Result<()> {
-        let length = match request.command {
-            CMD_WRITE => request.payload.len() as u32,
-            _ => request.length,
-        };
-        let answer = if request.command == CMD_READ { length } else { 0 };
+        let answer = if request.command == CMD_READ { request.length } else { 0 };
         self.expected.lock().expect("the other half panicked").insert(cookie, answer);
-        let mut message = Vec::with_capacity(28 + request.payload.len());
-        message.extend(REQUEST_MAGIC.to_be_bytes());
-        message.extend(request.flags.to_be_bytes());
-        message.extend(request.command.to_be_bytes());
-        message.extend(cookie.to_be_bytes());
-        message.extend(request.offset.to_be_bytes());
-        message.extend(length.to_be_bytes());
-        message.extend(&request.payload);
-        self.stream.write_all(&message)
+        self.stream.write_all(&request.message(cookie))
     }
 
     /// Says goodbye; the server finishes what is in flight and closes.
@@ -216,6 +224,12 @@ impl Receiver {
 
 /// Greeting and GO; returns size in bytes and transmission flags.
 fn negotiate(stream: &mut Stream, export: &str) -> io::Result<(u64, u16)> {
+    greet(stream)?;
+    go(stream, export)
+}
+
+/// Greeting and the answer to it.
+pub fn greet(stream: &mut (impl Read + Write)) -> io::Result<()> {
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting)?;
     if &greeting[0..8] != b"NBDMAGIC" || &greeting[8..16] != b"IHAVEOPT" {
@@ -225,8 +239,26 @@ fn negotiate(stream: &mut Stream, export: &str) -> io::Result<(u64, u16)> {
     if offered & 1 == 0 {
         return Err(broken("the server does not speak fixed newstyle"));
     }
+    stream.write_all(&3_u32.to_be_bytes()) // fixed newstyle, no zeroes
+}
+
+/// STARTTLS, up to the moment when the TLS handshake begins.
+pub fn start_tls(stream: &mut (impl Read + Write)) -> io::Result<()> {
+    let mut option = OPTION_MAGIC.to_be_bytes().to_vec();
+    option.extend(OPT_STARTTLS.to_be_bytes());
+    option.extend(0_u32.to_be_bytes());
+    stream.write_all(&option)?;
+    let mut header = [0; 20];
+    stream.read_exact(&mut header)?;
+    if header[12..20] == [0, 0, 0, REP_ACK as u8, 0, 0, 0, 0] {
+        return Ok(());
+    }
+    Err(broken("STARTTLS refused"))
+}
+
+/// GO; returns size in bytes and transmission flags.
+pub fn go(stream: &mut (impl Read + Write), export: &str) -> io::Result<(u64, u16)> {
     let mut go = Vec::new();
-    go.extend(3_u32.to_be_bytes()); // fixed newstyle, no zeroes
     go.extend(OPTION_MAGIC.to_be_bytes());
     go.extend(OPT_GO.to_be_bytes());
     go.extend((export.len() as u32 + 6).to_be_bytes());
