@@ -132,3 +132,19 @@ fn nbdsh_meets_the_errors_of_the_protocol_in_both_styles() {
         assert!(volume.log().iter().any(|request| matches!(request, Request::Write { .. })));
     }
 }
+
+#[test]
+fn the_probe_is_answered_what_the_document_says() {
+    let volume = MemoryVolume::new("demo", 72 << 20);
+    let server = Running::on_tcp(&[&volume], Limits::default());
+    let probe = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/nbd-probe");
+    let answers = run("python3", &[probe, &server.server().local_address().to_string(), "demo"]);
+    let rows = include_str!("../docs/nbd-servers.md").lines().filter(|line| line.starts_with("| ")).skip(1);
+    let documented = rows.map(|row| {
+        let cells: Vec<&str> = row.split(" | ").collect();
+        format!("{} => {}", cells[0].trim_start_matches("| "), cells[1])
+    });
+    let documented: Vec<String> = documented.collect();
+    assert!(documented.len() > 150, "only {} questions are documented", documented.len());
+    assert_eq!(answers.lines().collect::<Vec<_>>(), documented);
+}
