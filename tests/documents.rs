@@ -48,3 +48,19 @@ fn every_test_that_a_document_names_exists() {
     }
     assert!(named > 20, "only {named} tests are named");
 }
+
+#[test]
+fn every_row_of_the_protocol_that_is_supported_names_a_test() {
+    let tests = tests();
+    let document = include_str!("../docs/nbd-support.md");
+    let (_, table) = document.split_once("\n## The protocol, item by item\n").expect("the section exists");
+    let rows = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| **")).skip(1);
+    let mut named = 0;
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let name = cells[3].trim_matches('`');
+        assert!(tests.contains(name) || (name.is_empty() && cells[2].starts_with("no: ")), "no such test: {row}");
+        named += usize::from(!name.is_empty());
+    }
+    assert!(named > 80, "only {named} rows name a test");
+}
