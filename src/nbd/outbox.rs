@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use super::budget::Charge;
 use super::patience::Patience;
 use super::reply::Reply;
+use super::server::Shared;
 use super::stream::WriteHalf;
 
 /// Parts of replies in one system call: most replies have one or two.
@@ -73,6 +74,7 @@ pub(super) struct Outbox {
     /// Requests taken in whose replies have not left.
     outstanding: AtomicUsize,
     outstanding_fell: Notify,
+    shared: Arc<Shared>,
 }
 
 /// Holds replies back until dropped, so that those of one batch leave together.
@@ -88,13 +90,14 @@ struct Progress {
 }
 
 impl Outbox {
-    pub(super) fn new(stream: WriteHalf) -> Self {
+    pub(super) fn new(stream: WriteHalf, shared: Arc<Shared>) -> Self {
         Self {
             stream,
             queue: Mutex::new(Queue { pending: VecDeque::new(), pen: PenPlace::Free(Pen::default()), broken: false }),
             pen_parked: Notify::new(),
             outstanding: AtomicUsize::new(0),
             outstanding_fell: Notify::new(),
+            shared,
         }
     }
 
@@ -253,7 +256,9 @@ impl Outbox {
     }
 
     fn break_off(&self, pen: Pen, error: &io::Error) {
-        tracing::info!(%error, "NBD connection lost while replying");
+        if let Some(suppressed) = self.shared.log.pass() {
+            tracing::info!(%error, suppressed, "NBD connection lost while replying");
+        }
         let lost = pen.unanswered();
         drop(pen);
         self.close();

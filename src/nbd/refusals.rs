@@ -1,8 +1,9 @@
 //! What is logged of the requests that one connection got refused: enough to find the fault in a client, too little to
-//! fill a disk.
+//! fill a disk, however often the client connects again.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+use super::log_gate::LogGate;
 use super::request::{ExportRules, Fault, Refusal, RequestHeader};
 
 /// So many are logged one by one.
@@ -17,13 +18,15 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    /// Logs a refusal, or counts it for a later line.
-    pub(super) fn note(&mut self, header: &RequestHeader, rules: ExportRules, refusal: Refusal) {
+    /// Logs a refusal if `log` lets it pass, or counts it for a later line.
+    pub(super) fn note(&mut self, header: &RequestHeader, rules: ExportRules, refusal: Refusal, log: &LogGate) {
         if refusal.fault == Fault::Stopping {
             tracing::debug!(command = header.command, "NBD request refused: {}", refusal.fault);
             return;
         }
-        if self.is_logged() {
+        if self.is_logged()
+            && let Some(suppressed) = log.pass()
+        {
             tracing::warn!(
                 command = header.command,
                 flags = header.flags,
@@ -32,6 +35,7 @@ impl Refusals {
                 size = rules.size_bytes,
                 error = ?refusal.error,
                 refused = self.count,
+                suppressed,
                 "NBD request refused: {}",
                 refusal.fault
             );

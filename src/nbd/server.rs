@@ -62,6 +62,8 @@ pub(super) struct Shared {
     pub(super) log: LogGate,
     /// For lines about others.
     pub(super) trouble_log: LogGate,
+    /// For lines about requests that are refused.
+    pub(super) refusal_log: LogGate,
 }
 
 /// How a server meets its clients.
@@ -109,6 +111,7 @@ impl NbdServer {
             counters: Counters::default(),
             log: LogGate::new(),
             trouble_log: LogGate::new(),
+            refusal_log: LogGate::new(),
         };
         Self { listening, exports: RwLock::new(Arc::new([])), shared: Arc::new(shared) }
     }

@@ -184,7 +184,7 @@ async fn transmit(
     }
     let (read, write) = stream.split();
     let intake = Intake::new(read, &rest);
-    let outbox = Arc::new(Outbox::new(write));
+    let outbox = Arc::new(Outbox::new(write, Arc::clone(&shared)));
     let closer = CloseOnDrop(Arc::clone(&outbox));
     let stall_timeout = shared.limits.stall_timeout;
     let mut transmission = Transmission::new(intake, Arc::clone(&outbox), shared, shutdown.clone(), backend, agreement);

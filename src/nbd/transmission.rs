@@ -174,7 +174,7 @@ impl Transmission {
 
     fn answer_refusal(&mut self, header: &RequestHeader, refusal: Refusal) {
         let rules = self.rules();
-        self.refusals.note(header, rules, refusal);
+        self.refusals.note(header, rules, refusal, &self.shared.refusal_log);
         self.answer_at_once(self.envelope(header), Err(refusal.failure()));
     }
 
