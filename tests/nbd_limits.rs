@@ -148,7 +148,7 @@ fn lengths_of_4_gib_cost_nothing() {
 #[test]
 fn a_client_that_takes_no_replies_holds_its_own_share_only() {
     let _alone = alone();
-    let limits = Limits { inflight_bytes_max: 80 * MIB, connection_bytes_max: 0, ..Limits::default() };
+    let limits = Limits { inflight_bytes_max: 120 * MIB, connection_bytes_max: 0, ..Limits::default() };
     let (volume, server) = volume_and_server(limits);
     let mut greedy = server.client("demo");
     for cookie in 0..100 {
@@ -159,4 +159,25 @@ fn a_client_that_takes_no_replies_holds_its_own_share_only() {
     let mut modest = server.client("demo");
     work(&mut modest, 20);
     assert_eq!(modest.read(0, 32 * MIB as u32).unwrap().len(), 32 * MIB);
+}
+
+#[test]
+fn many_clients_that_take_no_replies_do_not_stop_small_requests() {
+    let _alone = alone();
+    let limits = Limits { inflight_bytes_max: 80 * MIB, connection_bytes_max: 0, ..Limits::default() };
+    let (volume, server) = volume_and_server(limits);
+    let mut modest = server.client("demo");
+    let greedy: Vec<RawClient> = (0..4)
+        .map(|_| {
+            let mut greedy = server.client("demo");
+            for cookie in 0..3 {
+                greedy.send(&request(READ, 0, cookie, 0, 32 * MIB as u32));
+            }
+            greedy
+        })
+        .collect();
+    eventually("the greedy clients have begun", || !volume.log().is_empty());
+    work(&mut modest, 100);
+    work(&mut server.client("demo"), 100);
+    drop(greedy);
 }

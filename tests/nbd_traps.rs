@@ -98,7 +98,8 @@ fn trap_3_a_change_that_waited_is_done_when_its_client_is_still_there() {
 fn trap_3_a_write_that_waited_for_memory_is_dropped_when_its_client_is_gone() {
     let volume = MemoryVolume::new("demo", 64 << 20);
     let limits = Limits {
-        inflight_bytes_max: 0, // raised to one longest request
+        inflight_bytes_max: 0,   // raised to one longest request
+        connections_max: 65_536, // so many that nothing is reserved for each
         ..Limits::default()
     };
     let server = Running::on_tcp(&[&volume], limits);
@@ -200,7 +201,8 @@ fn trap_6_one_longest_request_passes_the_smallest_budget() {
 fn trap_6_the_byte_budget_stops_reading_until_replies_have_left() {
     let volume = MemoryVolume::new("demo", 64 << 20);
     let limits = Limits {
-        inflight_bytes_max: 0, // raised to one longest request
+        inflight_bytes_max: 0,   // raised to one longest request
+        connections_max: 65_536, // so many that nothing is reserved for each
         ..Limits::default()
     };
     let server = Running::on_tcp(&[&volume], limits);

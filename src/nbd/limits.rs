@@ -13,8 +13,9 @@ pub struct Limits {
     pub handshakes_max: usize,
     /// From accepting a connection to the choice of an export.
     pub handshake_timeout: Duration,
-    /// Payload and reply bytes in memory over all connections; when reached, no socket is read. Raised to the
-    /// longest single request if set lower.
+    /// Payload and reply bytes in memory over all connections; when reached, no socket is read. Up to a quarter of it is
+    /// shared out evenly among `connections_max` clients, so that none is without room for small requests. Raised to
+    /// the longest single request if set lower.
     pub inflight_bytes_max: usize,
     /// The same of one connection; when reached, its socket is not read. Raised likewise.
     pub connection_bytes_max: usize,

@@ -103,7 +103,7 @@ impl NbdServer {
     pub fn new(listening: Vec<ListeningSocket>, manners: Manners) -> Self {
         let limits = manners.limits.raised_to_minimum();
         let shared = Shared {
-            budget: Budget::new(limits.inflight_bytes_max),
+            budget: Budget::new(limits.inflight_bytes_max, limits.connections_max),
             limits,
             tls: manners.tls,
             default_export: manners.default_export,
