@@ -276,3 +276,24 @@ fn an_export_says_what_it_offers() {
     assert_eq!(flags("plain", &wide), 0b1_1101_1110_1101);
     assert_eq!(flags("guarded", &[]), 0b0_0101_1001_1111);
 }
+
+#[test]
+fn block_statuses_are_counted_as_what_replicas_read_for_them() {
+    let (volume, server) = volume_and_server(1 << 20);
+    let mut client = structured(&server);
+    volume.hold();
+    let status = |cookie| request(BLOCK_STATUS, 0, cookie, 0, 4096);
+    // As many as a connection may have, and something else that is refused at once. Its answer leaves when the next has
+    // to wait.
+    let at_a_time = Limits::default().connection_bytes_max as u64 / (4 << 20) - 1;
+    let mut bytes: Vec<u8> = (0..at_a_time).flat_map(status).collect();
+    bytes.extend(request(99, 0, 1000, 0, 0));
+    bytes.extend(status(1001));
+    client.send(&bytes);
+    assert_eq!(client.chunk().cookie, 1000);
+    assert_eq!(server.counters().block_statuses, at_a_time);
+    volume.release();
+    let mut answered: Vec<u64> = (0..=at_a_time).map(|_| client.chunk().cookie).collect();
+    answered.sort_unstable();
+    assert!(answered.iter().copied().eq((0..at_a_time).chain([1001])));
+}

@@ -21,8 +21,10 @@ use super::request::{BadMagic, ExportRules, Operation, Refusal, RequestHeader, V
 use super::server::Shared;
 use super::session::SessionEnd;
 
-/// What the longest answer to a BLOCK_STATUS takes.
-const STATUS_REPLY_BYTES_MAX: u32 = EXTENTS_MAX as u32 * 16;
+/// What a BLOCK_STATUS is charged: not its answer, which is shorter, but what replicas may read for it. Clients could
+/// else ask for hours of reading in a few KiB, in front of everybody's reads.
+const STATUS_CHARGE_BYTES: u32 = 4 << 20;
+const _: () = assert!(STATUS_CHARGE_BYTES as usize >= EXTENTS_MAX * 16);
 
 /// The reading side of the transmission phase.
 pub(super) struct Transmission {
@@ -198,7 +200,7 @@ impl Transmission {
     ) -> Result<(), SessionEnd> {
         let data_bytes = match operation {
             Operation::Read { length, .. } | Operation::Write { length, .. } => length,
-            Operation::BlockStatus { .. } => STATUS_REPLY_BYTES_MAX,
+            Operation::BlockStatus { .. } => STATUS_CHARGE_BYTES,
             Operation::Flush | Operation::Trim { .. } | Operation::WriteZeroes { .. } | Operation::Cache => 0,
         };
         let charge = match self.budget.try_charge(data_bytes) {
