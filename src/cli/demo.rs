@@ -142,15 +142,28 @@ fn announce(uri: &str, admin: &AdminUrl, dir: &Path) -> Result<(), Failure> {
 }
 
 fn hints(uri: &str, admin: &AdminUrl, dir: &Path) -> String {
-    let mut text =
-        format!("The replicas are in {}; stop with Ctrl-C. Try in another shell:\n  nbdinfo '{uri}'\n", dir.display());
-    if let Some((host, port)) = tcp_of(uri) {
-        text.push_str(&format!("  sudo nbd-client {host} {port} /dev/nbd0 -N {VOLUME} && sudo mkfs.ext4 /dev/nbd0\n"));
+    let mut text = format!("The replicas are in {}; stop with Ctrl-C. Try in another shell:\n", dir.display());
+    let is_tls = uri.starts_with("nbds");
+    if is_tls {
+        let separator = if uri.contains('?') { '&' } else { '?' };
+        text.push_str(&format!("  nbdinfo '{uri}{separator}tls-certificates='$HOME/certs\n"));
+    } else {
+        text.push_str(&format!("  nbdinfo '{uri}'\n"));
+        if let Some((host, port)) = tcp_of(uri) {
+            let device = "/dev/nbd0";
+            text.push_str(&format!(
+                "  sudo nbd-client {host} {port} {device} -N {VOLUME} && sudo mkfs.ext4 {device}\n"
+            ));
+        }
+        // fio takes no certificates.
+        text.push_str(&format!(
+            "  fio --name=try --ioengine=nbd --uri='{uri}' --rw=randwrite --bs=4k --iodepth=32 --size=64M --verify=crc32c\n"
+        ));
     }
-    text.push_str(&format!(
-        "  fio --name=try --ioengine=nbd --uri='{uri}' --rw=randwrite --bs=4k --iodepth=32 --size=64M --verify=crc32c\n  \
-         nbdcast status --admin {admin}\n"
-    ));
+    text.push_str(&format!("  nbdcast status --admin {admin}\n"));
+    if is_tls {
+        text.push_str("`nbdcast certs --client NAME` makes what is meant to be in ~/certs.\n");
+    }
     text
 }
 
@@ -231,5 +244,15 @@ mod tests {
         let unix = hints("nbd+unix:///demo?socket=/run/x", &admin, Path::new("/d"));
         assert!(unix.contains("nbdinfo 'nbd+unix:///demo?socket=/run/x'"), "{unix}");
         assert!(!unix.contains("nbd-client"), "{unix}");
+    }
+
+    #[test]
+    fn the_hints_for_tls_name_certificates() {
+        let admin = "http://127.0.0.1:10808".parse().expect("a URL");
+        let tcp = hints("nbds://127.0.0.1:10809/demo", &admin, Path::new("/d"));
+        assert!(tcp.contains("nbdinfo 'nbds://127.0.0.1:10809/demo?tls-certificates='$HOME/certs\n"), "{tcp}");
+        assert!(!tcp.contains("nbd-client") && !tcp.contains("fio"), "{tcp}");
+        let unix = hints("nbds+unix:///demo?socket=/run/x", &admin, Path::new("/d"));
+        assert!(unix.contains("?socket=/run/x&tls-certificates='$HOME/certs\n"), "{unix}");
     }
 }
