@@ -4,15 +4,14 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
+use listener_agent::directory::{self, NewReplica};
 use listener_agent::journal::{self, FILE_BYTES_MIN, ring::Ring};
 use listener_agent::replica::dirty::DirtyMaps;
 use listener_agent::replica::{JobError, Replica};
-use listener_agent::superblock::{Identity, JournalTail, Superblock};
+use listener_agent::superblock::{Identity, Superblock};
 use protocol::message::ReadOutcome;
 use protocol::ranges::ByteRange;
-use protocol::{
-    Epoch, EpochHistory, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, ViewState, VolumeUuid,
-};
+use protocol::{Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
 use super::input::Input;
 
@@ -23,31 +22,17 @@ fn names() -> Vec<ReplicaName> {
 }
 
 fn new_replica(syncing: bool) -> Replica {
-    let superblock = Superblock {
-        identity: Identity {
-            uuid: VolumeUuid([3; 16]),
-            volume: "v".parse().expect("a name"),
-            replica: names()[0].clone(),
-            size_bytes: SIZE_BYTES,
-            journal_bytes: FILE_BYTES_MIN,
-        },
-        write_count: 2,
-        generation: 1,
-        clean: false,
-        promised: Epoch(0),
-        engine: [0; 16],
-        lease_ms: 0,
-        syncing,
-        checkpoint: Position::default(),
-        image_bytes: SIZE_BYTES,
-        views: ViewState::initial(View::new(names()).expect("a view")),
-        history: EpochHistory::default(),
-        acks: None,
-        tail: JournalTail { offset: 0, seq: Seq(1), generation: 1 },
-        stable: Seq(0),
-        tracked: Vec::new(),
-        tracked_seq: Seq(0),
+    let identity = Identity {
+        uuid: VolumeUuid([3; 16]),
+        volume: "v".parse().expect("a name"),
+        replica: names()[0].clone(),
+        size_bytes: SIZE_BYTES,
+        journal_bytes: FILE_BYTES_MIN,
     };
+    let view = View::new(names()).expect("a view");
+    let new = directory::first_superblock(&NewReplica { identity, view, image: None, syncing });
+    // Opened, but never promised to anybody.
+    let superblock = Superblock { write_count: 2, generation: 1, clean: false, ..new };
     let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
     let dirty = DirtyMaps::of(&superblock);
     Replica::new(superblock, ring, Position::default(), dirty, Duration::ZERO, false)

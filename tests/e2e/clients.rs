@@ -196,28 +196,30 @@ fn qemu_img_converts_and_compares() {
     demo.stop();
 }
 
+/// What qemu-io does of everything that it can, and reads back.
+pub const QEMU_IO_ORDERS: [&str; 13] = [
+    "write -P 0xab 1M 64k",
+    "write -f -P 0xcd 1088k 512",
+    "write -z 2M 1M",
+    "discard 3M 1M",
+    "aio_write -P 0x11 8M 4M",
+    "aio_write -P 0x22 12M 4M",
+    "aio_flush",
+    "flush",
+    "read -P 0xab 1M 64k",
+    "read -P 0xcd 1088k 512",
+    "read -P 0 2M 1M",
+    "read -P 0x11 8M 4M",
+    "read -P 0x22 12M 4M",
+];
+
 #[test]
 fn qemu_io_reads_back_its_patterns() {
     let _turn = scratch::shared_machine();
     let mut demo = Demo::start(64 << 20);
-    let orders = [
-        "write -P 0xab 1M 64k",
-        "write -f -P 0xcd 1088k 512",
-        "write -z 2M 1M",
-        "discard 3M 1M",
-        "aio_write -P 0x11 8M 4M",
-        "aio_write -P 0x22 12M 4M",
-        "aio_flush",
-        "flush",
-        "read -P 0xab 1M 64k",
-        "read -P 0xcd 1088k 512",
-        "read -P 0 2M 1M",
-        "read -P 0x11 8M 4M",
-        "read -P 0x22 12M 4M",
-    ];
     let said = tools::run("qemu-io", |command| {
         command.args(["-f", "raw"]);
-        for order in orders {
+        for order in QEMU_IO_ORDERS {
             command.arg("-c").arg(order);
         }
         command.arg(demo.uri());

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::clients::QEMU_IO_ORDERS;
 use crate::scratch;
 use crate::seed;
 use crate::served::{Door, GUEST, STRANGER, Served, Volume};
@@ -115,22 +116,7 @@ fn qemu_img_converts_compares_maps_and_measures() {
 fn qemu_io_reads_back_its_patterns() {
     let _turn = scratch::shared_machine();
     let mut served = Served::with_tls("require", &[volume()]);
-    let orders = [
-        "write -P 0xab 1M 64k",
-        "write -f -P 0xcd 1088k 512",
-        "write -z 2M 1M",
-        "discard 3M 1M",
-        "aio_write -P 0x11 8M 4M",
-        "aio_write -P 0x22 12M 4M",
-        "aio_flush",
-        "flush",
-        "read -P 0xab 1M 64k",
-        "read -P 0xcd 1088k 512",
-        "read -P 0 2M 1M",
-        "read -P 0x11 8M 4M",
-        "read -P 0x22 12M 4M",
-    ];
-    let orders: Vec<&str> = orders.iter().flat_map(|order| ["-c", order]).collect();
+    let orders: Vec<&str> = QEMU_IO_ORDERS.iter().flat_map(|order| ["-c", order]).collect();
     for door in served.doors(true) {
         let said = qemu("qemu-io", &door, &orders, &[]);
         assert!(!said.contains("failed"), "every pattern is found again: {said}");

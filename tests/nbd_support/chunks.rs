@@ -2,7 +2,7 @@
 
 use std::net::TcpStream;
 
-use super::{RawClient, go, option};
+use super::{RawClient, go, option, request_with};
 
 pub const NONE: u16 = 0;
 pub const OFFSET_DATA: u16 = 1;
@@ -60,13 +60,7 @@ pub fn allocation_of(export: &str) -> Vec<u8> {
 }
 
 pub fn extended_request(command: u16, flags: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
-    let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
-    bytes.extend(flags.to_be_bytes());
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend(length.to_be_bytes());
-    bytes
+    request_with(0x21e4_1c71, command, flags, cookie, offset, &length.to_be_bytes())
 }
 
 impl RawClient {

@@ -303,12 +303,17 @@ pub struct RawClient {
 }
 
 pub fn request(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
-    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request_with(0x2560_9513, command, flags, cookie, offset, &length.to_be_bytes())
+}
+
+/// A header of either kind, as far as they are alike, and then its length.
+fn request_with(magic: u32, command: u16, flags: u16, cookie: u64, offset: u64, length: &[u8]) -> Vec<u8> {
+    let mut bytes = magic.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());
     bytes.extend(offset.to_be_bytes());
-    bytes.extend(length.to_be_bytes());
+    bytes.extend(length);
     bytes
 }
 

@@ -77,6 +77,17 @@ impl World {
         assert!(self.run_until(ms(120_000), |w| view(w) == everyone), "only {} are back", self.view(engine));
     }
 
+    /// Engine 0 still reaches c alone, which knows nothing of the engine that the others follow from now on, nor of the
+    /// write that this one acknowledges to its clients.
+    pub fn supplant_behind_a_split(&mut self) {
+        (0..2).for_each(|agent| self.sever(0, agent, ms(20_000)));
+        let e = self.start_engine(true);
+        self.sever(e, 2, ms(20_000));
+        assert!(self.run_until(LONG, |w| w.engines[e].is_serving()));
+        let write = self.write(e, 0, 8, false);
+        self.done(e, write);
+    }
+
     /// A write that c alone holds is acknowledged; then the engine and c are gone.
     pub fn lose_what_c_alone_holds(&mut self, engine: usize) -> Token {
         self.stall_agent(0, ms(100));

@@ -90,12 +90,7 @@ fn a_status_with_majority_never_shows_zeroes_that_a_later_engine_takes_back() {
 fn an_engine_without_a_lease_tells_of_no_zeroes() {
     let mut w = serving(Setup { lease: ms(4000), ..Setup::quiet(2006, AckPolicy::Majority) });
     assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
-    (0..2).for_each(|agent| w.sever(0, agent, ms(20_000)));
-    let e = w.start_engine(true);
-    w.sever(e, 2, ms(20_000));
-    assert!(w.run_until(LONG, |w| w.engines[e].is_serving()));
-    let write = w.write(e, 0, 8, false);
-    w.done(e, write);
+    w.supplant_behind_a_split();
     let status = w.status(0, 0, 8);
     w.run_for(ms(1000));
     assert!(w.answer(0, status).is_none_or(Result::is_err), "c knows nothing of the write");

@@ -85,13 +85,7 @@ fn an_engine_on_the_wrong_side_of_a_split_network_answers_no_read() {
         let before = w.write(0, 0, 8, false);
         w.done(0, before);
         assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
-        // It still reaches c, which knows nothing of the engine that the others follow.
-        (0..2).for_each(|agent| w.sever(0, agent, ms(20_000)));
-        let e = w.start_engine(true);
-        w.sever(e, 2, ms(20_000));
-        assert!(w.run_until(LONG, |w| w.engines[e].is_serving()));
-        let token = w.write(e, 0, 8, false);
-        w.done(e, token);
+        w.supplant_behind_a_split();
         let read = w.read(0, 0, 8);
         w.run_for(ms(1000));
         assert!(w.answer(0, read).is_none_or(Result::is_err), "with a lease of {lease} ms");
