@@ -18,6 +18,9 @@ use crate::tools;
 const WRITES: u64 = 150;
 const MARKER: &str = "NBDCAST-MARKER-";
 
+/// Bytes of a call's data that strace prints: all writes of the trace in one group, as an agent that was behind makes it.
+const SHOWN_BYTES: &str = "1048576";
+
 #[test]
 fn no_write_is_answered_before_it_is_durable_nor_applied_before_it_is_journaled() {
     let _turn = scratch::shared_machine();
@@ -55,7 +58,7 @@ fn attach(cluster: &Cluster, log: &Path) -> Program {
     let mut pids: Vec<u32> = cluster.agents.iter().map(|agent| agent.process().pid()).collect();
     pids.push(cluster.engine().pid());
     let mut program = Program::start("strace", Path::new(&strace), |command| {
-        command.args(["-f", "-yy", "-ttt", "-s", "20000", "-o"]).arg(log).args(["-e"]).arg(
+        command.args(["-f", "-yy", "-ttt", "-s", SHOWN_BYTES, "-o"]).arg(log).args(["-e"]).arg(
             "trace=write,writev,pwrite64,pwritev,pwritev2,sendto,sendmsg,sendmmsg,fdatasync,fsync,sync_file_range,\
              msync,io_uring_enter,fallocate",
         );
