@@ -115,10 +115,15 @@ pub enum Answer {
     Extents(Vec<Extent>),
 }
 
-/// A change was not taken in, as its client has hung up: it may have sent it again on another connection, and newer
-/// ones after it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stale;
+/// A change that was not taken in, as its client may have hung up, sent it again on another connection, and newer ones
+/// after it. Handed back as it was given.
+#[derive(Debug)]
+pub struct Stale {
+    /// What was asked for.
+    pub request: Request,
+    /// The duty to answer it.
+    pub done: Completion,
+}
 
 /// What a backend may answer instead of success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -189,10 +194,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Takes one request. Must not block; may call `done` inline or later from any thread. Every request gets its
     /// place in the volume's order at the time of this call.
     ///
-    /// `is_stale` tells whether the client has hung up. For a change it is asked when nothing else can get a place
-    /// before this request does any more, however long this thread was held up: a change of a client that had hung up
-    /// before another connection's request got its place never gets one after it. If it is stale, `done` is dropped
-    /// with [`Completion::forget`] and nothing is changed.
+    /// `is_stale` tells whether the client has hung up, for all that is known. For a change it is asked when nothing else
+    /// can get a place before this request does any more, however long this thread was held up: a change of a client
+    /// that had hung up before another connection's request got its place never gets one after it. If it is stale, it is
+    /// handed back and nothing is changed.
     fn submit(&self, request: Request, done: Completion, is_stale: &dyn Fn() -> bool) -> Result<(), Stale>;
 }
 

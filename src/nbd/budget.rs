@@ -6,6 +6,9 @@
 //! client that has used it up waits for itself and not in the way of others. One charge covers a request whole and nothing
 //! is charged in parts, so requests cannot block each other half-way: with budgets no smaller than the longest request,
 //! the first in line always gets through.
+//!
+//! Apart from all that, some memory is kept for reading ahead on connections whose next request has to wait. It is lent
+//! if there is some and never waited for.
 
 use std::sync::Arc;
 
@@ -26,6 +29,9 @@ const RESERVE_BYTES_MAX: usize = 256 << 10;
 /// This part of the whole budget, at most, is set aside for that.
 const RESERVED_PART: usize = 4;
 
+/// What may be lent for reading ahead over all connections.
+const READ_AHEAD_BYTES_MAX: usize = 128 << 20;
+
 /// The bytes one request holds; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Charge {
@@ -40,6 +46,7 @@ pub(super) struct Charge {
 #[derive(Debug, Clone)]
 pub(super) struct Budget {
     total: Arc<Semaphore>,
+    read_ahead: Arc<Semaphore>,
     reserve_bytes: usize,
 }
 
@@ -63,7 +70,8 @@ impl Budget {
     pub(super) fn new(inflight_bytes_max: usize, connections_max: usize) -> Self {
         let reserve_bytes = (inflight_bytes_max / RESERVED_PART / connections_max).min(RESERVE_BYTES_MAX);
         let rest = inflight_bytes_max - reserve_bytes * connections_max;
-        Self { total: semaphore(rest.max(charge_bytes_max())), reserve_bytes }
+        let read_ahead = Arc::new(Semaphore::new(READ_AHEAD_BYTES_MAX));
+        Self { total: semaphore(rest.max(charge_bytes_max())), read_ahead, reserve_bytes }
     }
 
     /// For one more connection. `connection_bytes_max` must be at least [`charge_bytes_max`].
@@ -75,6 +83,36 @@ impl Budget {
             own: semaphore(connection_bytes_max),
             total: Arc::clone(&self.total),
         }
+    }
+
+    /// For one more connection, which has borrowed nothing yet.
+    pub(super) fn loan(&self) -> Loan {
+        Loan { pool: Arc::clone(&self.read_ahead), borrowed: None }
+    }
+}
+
+/// What one connection has borrowed for reading ahead.
+#[derive(Debug)]
+pub(super) struct Loan {
+    pool: Arc<Semaphore>,
+    borrowed: Option<OwnedSemaphorePermit>,
+}
+
+impl Loan {
+    /// Borrows so many more bytes, if nobody else has them.
+    pub(super) fn try_borrow(&mut self, bytes: usize) -> bool {
+        let Ok(bytes) = u32::try_from(bytes) else { return false };
+        let Ok(more) = Arc::clone(&self.pool).try_acquire_many_owned(bytes) else { return false };
+        match &mut self.borrowed {
+            Some(borrowed) => borrowed.merge(more),
+            None => self.borrowed = Some(more),
+        }
+        true
+    }
+
+    /// Gives everything back.
+    pub(super) fn pay_back(&mut self) {
+        self.borrowed = None;
     }
 }
 

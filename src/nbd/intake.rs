@@ -1,9 +1,9 @@
 //! The bytes of one connection on their way in: one read buffer for headers and small payloads, and large payloads
 //! straight into buffers of their own.
 //!
-//! Understands no request. Reports whether it had to wait for the peer, as what was waited for may be stale.
+//! Understands no request. Reads ahead of what is asked for when somebody has to know whether the connection has ended:
+//! a peer's machine keeps the end back until there is room for all that comes before it.
 
-use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::time::Duration;
@@ -11,6 +11,8 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
+use super::budget::Loan;
+use super::pulse::Moment;
 use super::stream::ReadHalf;
 
 /// Holds some thirty writes of 4 KiB, or thousands of headers, per system call.
@@ -18,17 +20,20 @@ const BUFFER_BYTES: usize = 128 << 10;
 /// Payloads up to this long go through the buffer, so that what follows them arrives in the same system call.
 const SMALL_PAYLOAD_BYTES_MAX: usize = BUFFER_BYTES / 2;
 
-/// A payload, and whether the peer made us wait for some of it.
-#[derive(Debug)]
-pub(super) struct Payload {
-    pub(super) data: Bytes,
-    pub(super) waited: bool,
-}
+/// The buffer when it is read ahead: more than the sockets of both machines hold, as Linux limits them by default (32 MiB
+/// for the receiver and 4 MiB for the sender).
+const READ_AHEAD_BYTES_MAX: usize = 40 << 20;
+/// A request may have to wait for so long before it is read ahead of it; less than clients wait before they ask
+/// elsewhere.
+const READ_AHEAD_DELAY: Duration = Duration::from_millis(250);
+/// A peer that has sent nothing for so long, with room for it, has nothing to send and has not hung up.
+const SILENCE: Duration = Duration::from_millis(200);
 
-/// How a read of at least one byte went.
+/// How a read went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fill {
-    Read { waited: bool },
+    /// At least one byte has come.
+    Read,
     EndOfStream,
 }
 
@@ -39,14 +44,18 @@ pub(super) struct Intake {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Pays for what the buffer is longer than usual.
+    loan: Loan,
+    /// How the stream ended, behind what is in the buffer.
+    ended: Option<io::Result<()>>,
 }
 
 impl Intake {
     /// `already_read` came with the handshake but belongs to what follows it; never more than a handshake buffers.
-    pub(super) fn new(stream: ReadHalf, already_read: &[u8]) -> Self {
+    pub(super) fn new(stream: ReadHalf, already_read: &[u8], loan: Loan) -> Self {
         let mut buffer = vec![0; BUFFER_BYTES.max(already_read.len())].into_boxed_slice();
         buffer[..already_read.len()].copy_from_slice(already_read);
-        Self { stream, buffer, start: 0, end: already_read.len() }
+        Self { stream, buffer, start: 0, end: already_read.len(), loan, ended: None }
     }
 
     /// Takes the next `N` bytes, if they are here.
@@ -61,38 +70,111 @@ impl Intake {
         self.buffered_bytes() >= length
     }
 
+    /// Whether the end of the stream is known, however much lies before it.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
     fn buffered_bytes(&self) -> usize {
         self.end - self.start
     }
 
     /// Reads more into the buffer, which must not be full.
     pub(super) async fn fill(&mut self) -> io::Result<Fill> {
+        if let Some(ended) = &mut self.ended {
+            return std::mem::replace(ended, Ok(())).map(|()| Fill::EndOfStream);
+        }
+        if self.start == self.end && self.buffer.len() > BUFFER_BYTES {
+            self.buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
+            self.loan.pay_back();
+            (self.start, self.end) = (0, 0);
+        }
+        self.move_to_front();
+        let read_bytes = self.stream.read(&mut self.buffer[self.end..]).await?;
+        self.end += read_bytes;
+        Ok(if read_bytes == 0 { Fill::EndOfStream } else { Fill::Read })
+    }
+
+    fn move_to_front(&mut self) {
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
-        let read = self.stream.read(&mut self.buffer[self.end..]);
-        let (read_bytes, waited) = noting_wait(read).await?;
-        self.end += read_bytes;
-        Ok(if read_bytes == 0 { Fill::EndOfStream } else { Fill::Read { waited } })
+    }
+
+    /// Waits for something else. If that takes long, reads ahead meanwhile, so that the end of the connection is seen
+    /// when it comes.
+    pub(super) async fn read_ahead_during<T>(&mut self, wait: impl Future<Output = T>) -> T {
+        let mut wait = pin!(wait);
+        if let Ok(done) = tokio::time::timeout(READ_AHEAD_DELAY, &mut wait).await {
+            return done;
+        }
+        while self.can_read_ahead() {
+            tokio::select! {
+                biased;
+                done = &mut wait => return done,
+                () = self.read_ahead() => {}
+            }
+        }
+        wait.await
+    }
+
+    /// Reads ahead until the connection has ended, the peer is silent, or there is no room for more. Returns a moment
+    /// after which nothing came.
+    pub(super) async fn read_ahead_to_silence(&mut self) -> Moment {
+        loop {
+            let since = Moment::now();
+            if !self.can_read_ahead() || tokio::time::timeout(SILENCE, self.read_ahead()).await.is_err() {
+                return since;
+            }
+        }
+    }
+
+    /// Whether there is more to read and room for it, which this makes if it can.
+    fn can_read_ahead(&mut self) -> bool {
+        if self.has_ended() {
+            return false;
+        }
+        if self.end < self.buffer.len() {
+            return true;
+        }
+        let length = self.buffer.len();
+        let longer = (2 * length).min(READ_AHEAD_BYTES_MAX);
+        // Room is rather made than found: moving few bytes of many again and again would take for ever.
+        if self.start < length / 2 && longer > length && self.loan.try_borrow(longer - length) {
+            let mut buffer = vec![0; longer].into_boxed_slice();
+            buffer[..self.buffered_bytes()].copy_from_slice(&self.buffer[self.start..self.end]);
+            self.buffer = buffer;
+            (self.start, self.end) = (0, self.buffered_bytes());
+        } else {
+            self.move_to_front();
+        }
+        self.end < self.buffer.len()
+    }
+
+    /// One read, for which there is room.
+    async fn read_ahead(&mut self) {
+        match self.stream.read(&mut self.buffer[self.end..]).await {
+            Ok(0) => self.ended = Some(Ok(())),
+            Ok(read_bytes) => self.end += read_bytes,
+            Err(error) => self.ended = Some(Err(error)),
+        }
     }
 
     /// Reads a payload into a buffer of exactly its size. The caller has checked `length` against its limits.
     ///
     /// A payload that trickles is given up as well as one that stops: it holds memory that other clients wait for.
-    pub(super) async fn read_payload(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Payload> {
+    pub(super) async fn read_payload(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Bytes> {
         let limit = stall_timeout + Duration::from_secs((length / PAYLOAD_BYTES_PER_SECOND_MIN) as u64);
         let reading = self.read_payload_unless_stalled(length, stall_timeout);
         tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
-    async fn read_payload_unless_stalled(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Payload> {
-        let mut any_waited = false;
+    async fn read_payload_unless_stalled(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Bytes> {
         while length <= SMALL_PAYLOAD_BYTES_MAX && self.buffered_bytes() < length {
-            match unless_stalled(stall_timeout, self.fill()).await? {
-                Fill::Read { waited } => any_waited |= waited,
-                Fill::EndOfStream => return Err(io::ErrorKind::UnexpectedEof.into()),
+            if unless_stalled(stall_timeout, self.fill()).await? == Fill::EndOfStream {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
         let here = self.buffered_bytes().min(length);
@@ -100,16 +182,17 @@ impl Intake {
         data.put_slice(&self.buffer[self.start..self.start + here]);
         self.start += here;
         while data.len() < length {
+            if let Some(ended) = &mut self.ended {
+                std::mem::replace(ended, Ok(()))?;
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             let filled = data.len();
             let mut room = (&mut data).limit(length - filled);
-            let read = noting_wait(self.stream.read_buf(&mut room));
-            let (read_bytes, waited) = unless_stalled(stall_timeout, read).await?;
-            any_waited |= waited;
-            if read_bytes == 0 {
+            if unless_stalled(stall_timeout, self.stream.read_buf(&mut room)).await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
-        Ok(Payload { data: data.freeze(), waited: any_waited })
+        Ok(data.freeze())
     }
 
     /// Throws bytes away without keeping more of them than the buffer holds.
@@ -146,69 +229,50 @@ async fn unless_stalled<T>(stall_timeout: Duration, read: impl Future<Output = i
     tokio::time::timeout(stall_timeout, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// A read, and whether it had to be waited for.
-async fn noting_wait(read: impl Future<Output = io::Result<usize>>) -> io::Result<(usize, bool)> {
-    let mut read = pin!(read);
-    let mut waited = false;
-    let read_bytes = poll_fn(|cx| {
-        let polled = read.as_mut().poll(cx);
-        waited |= polled.is_pending();
-        polled
-    })
-    .await?;
-    Ok((read_bytes, waited))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::future::poll_fn;
     use std::task::Poll;
 
+    use crate::nbd::budget::Budget;
     use crate::nbd::stream::Stream;
     use tokio::io::AsyncWriteExt;
     use tokio::net::UnixStream;
 
     const PATIENCE: Duration = Duration::from_secs(10);
+    /// More than is read ahead.
+    const MUCH: usize = 48 << 20;
 
     fn intake() -> (Intake, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (read, _write) = Stream::Unix(ours).split();
-        (Intake::new(read, b"ab"), theirs)
-    }
-
-    /// Reads a payload whose second half is sent only when the reader has begun to wait.
-    async fn read_in_halves(length: usize) -> Payload {
-        let (mut intake, mut peer) = intake();
-        let sent = vec![b'x'; length - 2];
-        let (first, second) = sent.split_at(length / 2);
-        peer.write_all(first).await.unwrap();
-        let mut reading = pin!(intake.read_payload(length, PATIENCE));
-        let complete = poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx).is_ready())).await;
-        assert!(!complete);
-        peer.write_all(second).await.unwrap();
-        let payload = reading.await.unwrap();
-        assert_eq!(payload.data[..2], *b"ab");
-        assert_eq!(payload.data[2..], sent);
-        payload
+        (Intake::new(read, b"ab", Budget::new(1, 1).loan()), theirs)
     }
 
     #[tokio::test]
-    async fn a_payload_that_had_to_be_waited_for_says_so() {
+    async fn a_payload_that_has_to_be_waited_for_is_put_together() {
         for length in [4096, SMALL_PAYLOAD_BYTES_MAX + 1000] {
-            let payload = read_in_halves(length).await;
-            assert!(payload.waited);
-            assert_eq!(payload.data.len(), length);
+            let (mut intake, mut peer) = intake();
+            let sent = vec![b'x'; length - 2];
+            let (first, second) = sent.split_at(length / 2);
+            peer.write_all(first).await.unwrap();
+            let mut reading = pin!(intake.read_payload(length, PATIENCE));
+            let complete = poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx).is_ready())).await;
+            assert!(!complete);
+            peer.write_all(second).await.unwrap();
+            let data = reading.await.unwrap();
+            assert_eq!(data[..2], *b"ab");
+            assert_eq!(data[2..], sent);
         }
     }
 
     #[tokio::test]
-    async fn a_payload_that_is_here_is_not_waited_for() {
+    async fn a_payload_that_is_here_is_taken_and_what_follows_stays() {
         let (mut intake, mut peer) = intake();
         peer.write_all(b"cdefgh").await.unwrap();
-        let filled = intake.fill().await.unwrap();
-        assert!(matches!(filled, Fill::Read { .. }));
-        let payload = intake.read_payload(5, PATIENCE).await.unwrap();
-        assert_eq!((&payload.data[..], payload.waited), (&b"abcde"[..], false));
+        assert_eq!(intake.fill().await.unwrap(), Fill::Read);
+        assert_eq!(intake.read_payload(5, PATIENCE).await.unwrap(), b"abcde"[..]);
         assert_eq!(intake.take::<3>(), Some(*b"fgh"));
         assert_eq!(intake.take::<1>(), None);
     }
@@ -219,5 +283,97 @@ mod tests {
         drop(peer);
         let error = intake.read_payload(5, PATIENCE).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    fn patterned(length: usize) -> Vec<u8> {
+        (0..length).map(|at| (at / 3 + at / 4096) as u8).collect()
+    }
+
+    /// Reads ahead to the end of `length` bytes, then takes them all in payloads of several sizes.
+    async fn read_ahead_and_take(length: usize) {
+        let (mut intake, mut peer) = intake();
+        let sent = patterned(length);
+        let expected = [b"ab".as_slice(), &sent].concat();
+        let sending = tokio::spawn(async move { peer.write_all(&sent).await });
+        intake.read_ahead_to_silence().await;
+        assert!(intake.has_ended());
+        sending.await.unwrap().unwrap();
+        let mut taken = BytesMut::new();
+        for size in [1, 28, 4096, 300_000, SMALL_PAYLOAD_BYTES_MAX].into_iter().cycle() {
+            let size = size.min(expected.len() - taken.len());
+            if size == 0 {
+                break;
+            }
+            taken.extend_from_slice(&intake.read_payload(size, PATIENCE).await.unwrap());
+        }
+        assert!(taken == expected);
+        assert_eq!(intake.fill().await.unwrap(), Fill::EndOfStream);
+        assert_eq!(intake.fill().await.unwrap(), Fill::EndOfStream);
+        let cut_short = intake.read_payload(1, PATIENCE).await.unwrap_err();
+        assert_eq!(cut_short.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[tokio::test]
+    async fn what_was_read_ahead_is_taken_in_order_and_then_the_end() {
+        for length in [0, 100, BUFFER_BYTES - 2, BUFFER_BYTES, 5_000_000] {
+            read_ahead_and_take(length).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn silence_is_waited_for_but_not_taken_for_the_end() {
+        let (mut intake, mut peer) = intake();
+        peer.write_all(b"cd").await.unwrap();
+        let before = Moment::now();
+        let since = intake.read_ahead_to_silence().await;
+        assert!(since >= before && since < Moment::now());
+        assert!(!intake.has_ended());
+        assert_eq!(intake.take(), Some(*b"abcd"));
+        drop(peer);
+        assert_eq!(intake.fill().await.unwrap(), Fill::EndOfStream);
+    }
+
+    #[tokio::test]
+    async fn reading_ahead_has_its_bounds_and_gives_back_what_it_borrowed() {
+        let budget = Budget::new(1, 1);
+        let mut intakes = Vec::new();
+        for _ in 0..4 {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let (read, _write) = Stream::Unix(ours).split();
+            let mut intake = Intake::new(read, b"", budget.loan());
+            let sending = tokio::spawn(async move { theirs.write_all(&patterned(MUCH)).await });
+            intake.read_ahead_to_silence().await;
+            intakes.push((intake, sending));
+        }
+        let lengths: Vec<usize> = intakes.iter().map(|(intake, _)| intake.buffered_bytes()).collect();
+        assert_eq!(lengths[..3], [READ_AHEAD_BYTES_MAX; 3]);
+        assert!(lengths[3] < READ_AHEAD_BYTES_MAX, "three have taken almost all that there is");
+        let mut expected = patterned(MUCH);
+        let (mut first, sending) = intakes.swap_remove(0);
+        let (mut last, _sending) = intakes.swap_remove(0);
+        assert!(first.read_payload(MUCH, PATIENCE).await.unwrap() == expected);
+        sending.await.unwrap().unwrap();
+        assert_eq!(first.fill().await.unwrap(), Fill::EndOfStream);
+        last.read_ahead_to_silence().await;
+        assert_eq!(last.buffered_bytes(), READ_AHEAD_BYTES_MAX, "what one gave back another has taken");
+        expected.truncate(READ_AHEAD_BYTES_MAX);
+        assert!(last.read_payload(READ_AHEAD_BYTES_MAX, PATIENCE).await.unwrap() == expected);
+    }
+
+    #[tokio::test]
+    async fn a_long_wait_sees_the_end_and_a_short_one_reads_nothing() {
+        let (mut intake, mut peer) = intake();
+        peer.write_all(b"cd").await.unwrap();
+        intake.read_ahead_during(async {}).await;
+        assert!(!intake.holds(4));
+        let (done, wait) = tokio::sync::oneshot::channel();
+        let sending = tokio::spawn(async move {
+            peer.write_all(&patterned(1_000_000)).await.unwrap();
+            drop(peer);
+            done.send(()).unwrap();
+        });
+        tokio::time::timeout(PATIENCE, intake.read_ahead_during(wait)).await.unwrap().unwrap();
+        sending.await.unwrap();
+        assert!(intake.holds(500_000), "the rest fits the socket");
     }
 }

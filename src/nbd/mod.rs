@@ -20,6 +20,7 @@ mod listen;
 mod log_gate;
 mod outbox;
 mod patience;
+mod pulse;
 mod refusals;
 pub mod reply;
 pub mod request;

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
 use super::address::ListenAddress;
 use super::admission::{Admission, Place};
@@ -24,6 +25,7 @@ use super::counters::{Counters, CountersSnapshot};
 use super::limits::Limits;
 use super::listen::{BindError, ListeningSocket, Socket};
 use super::log_gate::LogGate;
+use super::pulse::{BEAT_INTERVAL, Moment, Pulse};
 use super::session::{serve_connection, stopped};
 use super::stream::{Stream, tune};
 use super::tls::Tls;
@@ -56,6 +58,7 @@ pub(super) struct Shared {
     /// The export that the empty name means. Without it, the only one there is.
     pub(super) default_export: Option<String>,
     pub(super) budget: Budget,
+    pub(super) pulse: Pulse,
     pub(super) admission: Admission,
     pub(super) counters: Counters,
     /// For lines about clients that came and went as they should.
@@ -107,6 +110,7 @@ impl NbdServer {
             limits,
             tls: manners.tls,
             default_export: manners.default_export,
+            pulse: Pulse::new(Moment::now()),
             admission: Admission::default(),
             counters: Counters::default(),
             log: LogGate::new(),
@@ -169,6 +173,10 @@ impl NbdServer {
     pub async fn serve(&self, shutdown: watch::Receiver<bool>) -> io::Result<()> {
         let acceptors: Vec<Acceptor> =
             self.listening.iter().map(|listening| Acceptor::new(listening.socket())).collect::<io::Result<_>>()?;
+        // Nobody is served yet, so nothing can hide behind the time until now.
+        self.shared.pulse.beat(Moment::now());
+        let mut beating = JoinSet::new();
+        beating.spawn(keep_beating(Arc::clone(&self.shared)));
         let mut sessions = JoinSet::new();
         let mut stop = std::pin::pin!(stopped(shutdown.clone()));
         let mut turn = 0;
@@ -233,6 +241,16 @@ impl NbdServer {
                 tracing::warn!(limit, suppressed, "the oldest of too many NBD handshakes was ended");
             }
         }
+    }
+}
+
+/// For as long as there are connections: they trust the pulse.
+async fn keep_beating(shared: Arc<Shared>) {
+    let mut beats = tokio::time::interval(BEAT_INTERVAL);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        beats.tick().await;
+        shared.pulse.beat(Moment::now());
     }
 }
 

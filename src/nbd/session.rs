@@ -183,7 +183,7 @@ async fn transmit(
         tracing::info!(export = backend.export().name, style = ?agreement.style, suppressed, "NBD client connected");
     }
     let (read, write) = stream.split();
-    let intake = Intake::new(read, &rest);
+    let intake = Intake::new(read, &rest, shared.budget.loan());
     let outbox = Arc::new(Outbox::new(write, Arc::clone(&shared)));
     let closer = CloseOnDrop(Arc::clone(&outbox));
     let stall_timeout = shared.limits.stall_timeout;

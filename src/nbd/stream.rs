@@ -286,6 +286,12 @@ impl WriteHalf {
         Ok(())
     }
 
+    /// Whether the end of the connection can be on its way while bytes from before it are unread: the peer's machine
+    /// keeps it back for as long as this one has no room.
+    pub(super) fn can_hide_its_end(&self) -> bool {
+        matches!(self.socket(), SocketWrite::Tcp(_))
+    }
+
     /// Whether the peer has closed the connection or will send no more, even if bytes from it are still unread.
     pub(super) fn peer_hung_up(&self) -> bool {
         let fd = self.socket().fd();

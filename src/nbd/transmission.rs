@@ -9,12 +9,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::backend::{Answer, Backend, Completion, IoError, Request, Stale};
+use super::backend::{Answer, Backend, Completion, IoError, Request};
 use super::budget::{Charge, Share};
 use super::constants::{CONTEXT_FILTER_BYTES, EXTENTS_MAX};
 use super::handshake::Agreement;
 use super::intake::{Fill, Intake};
 use super::outbox::{Cork, Outbox, QueuedReply};
+use super::pulse::Moment;
 use super::refusals::Refusals;
 use super::reply::{Envelope, Failure, Reply, ReplyStyle, WireError, failure};
 use super::request::{BadMagic, ExportRules, Operation, Refusal, RequestHeader, Verdict, judge};
@@ -38,6 +39,8 @@ pub(super) struct Transmission {
     read_only: bool,
     agreement: Agreement,
     refusals: Refusals,
+    /// Standstills before this moment hide nothing of this connection any more.
+    settled_at: Moment,
 }
 
 impl Transmission {
@@ -52,7 +55,20 @@ impl Transmission {
         let read_only = backend.export().read_only;
         let refusals = Refusals::default();
         let budget = shared.budget.share(shared.limits.connection_bytes_max);
-        Self { intake, outbox, cork: None, shared, budget, shutdown, backend, read_only, agreement, refusals }
+        let settled_at = Moment::now();
+        Self {
+            intake,
+            outbox,
+            cork: None,
+            shared,
+            budget,
+            shutdown,
+            backend,
+            read_only,
+            agreement,
+            refusals,
+            settled_at,
+        }
     }
 
     /// Up to the end of the connection.
@@ -80,7 +96,7 @@ impl Transmission {
         }
         self.uncork();
         match self.intake.fill().await? {
-            Fill::Read { .. } => Ok(()),
+            Fill::Read => Ok(()),
             Fill::EndOfStream => Err(SessionEnd::Closed),
         }
     }
@@ -113,25 +129,23 @@ impl Transmission {
     }
 
     async fn take_in(&mut self, header: RequestHeader) -> Result<(), SessionEnd> {
-        let mut waited = false;
         let limit = self.shared.limits.requests_per_connection_max;
         if self.outbox.outstanding() >= limit {
             self.uncork();
-            self.outbox.outstanding_below(limit).await;
-            waited = true;
+            self.intake.read_ahead_during(self.outbox.outstanding_below(limit)).await;
         }
         self.outbox.begin();
-        let done = self.carry_out(header, waited).await;
+        let done = self.carry_out(header).await;
         if done.is_err() {
             self.outbox.abandon();
         }
         done
     }
 
-    async fn carry_out(&mut self, mut header: RequestHeader, mut waited: bool) -> Result<(), SessionEnd> {
+    async fn carry_out(&mut self, mut header: RequestHeader) -> Result<(), SessionEnd> {
         let mut verdict = self.judge(&header);
         if verdict == Verdict::ReadFilter {
-            let Some(filtered) = self.read_filter(header, &mut waited).await? else {
+            let Some(filtered) = self.read_filter(header).await? else {
                 self.answer_refusal(&header, Refusal::UNKNOWN_CONTEXT);
                 return Ok(());
             };
@@ -147,17 +161,13 @@ impl Transmission {
                 Ok(())
             }
             Verdict::Reject(refusal) => self.refuse(header, refusal).await,
-            Verdict::Submit(operation) => self.submit(header, operation, waited).await,
+            Verdict::Submit(operation) => self.submit(header, operation).await,
         }
     }
 
     /// The payload of a BLOCK_STATUS that names contexts; `None` if it names others than the one there is.
-    async fn read_filter(
-        &mut self,
-        header: RequestHeader,
-        waited: &mut bool,
-    ) -> Result<Option<RequestHeader>, SessionEnd> {
-        let payload = self.read_payload(CONTEXT_FILTER_BYTES as u32, waited).await?;
+    async fn read_filter(&mut self, header: RequestHeader) -> Result<Option<RequestHeader>, SessionEnd> {
+        let payload = self.read_payload(CONTEXT_FILTER_BYTES as u32).await?;
         Ok(payload.first_chunk().and_then(|payload| header.with_filter(payload)))
     }
 
@@ -192,12 +202,7 @@ impl Transmission {
     }
 
     /// Takes in the payload, if there is one, and hands the request to the backend.
-    async fn submit(
-        &mut self,
-        header: RequestHeader,
-        operation: Operation,
-        mut waited: bool,
-    ) -> Result<(), SessionEnd> {
+    async fn submit(&mut self, header: RequestHeader, operation: Operation) -> Result<(), SessionEnd> {
         let data_bytes = match operation {
             Operation::Read { length, .. } | Operation::Write { length, .. } => length,
             Operation::BlockStatus { .. } => STATUS_CHARGE_BYTES,
@@ -207,13 +212,12 @@ impl Transmission {
             Some(charge) => charge,
             None => {
                 self.uncork();
-                waited = true;
-                let charge = self.budget.charge(data_bytes).await;
+                let charge = self.intake.read_ahead_during(self.budget.charge(data_bytes)).await;
                 charge.ok_or(SessionEnd::Stopping)?
             }
         };
         let data = match operation {
-            Operation::Write { length, .. } => self.read_payload(length, &mut waited).await?,
+            Operation::Write { length, .. } => self.read_payload(length).await?,
             Operation::Read { .. }
             | Operation::Flush
             | Operation::Trim { .. }
@@ -221,27 +225,46 @@ impl Transmission {
             | Operation::BlockStatus { .. }
             | Operation::Cache => Bytes::new(),
         };
-        if waited && self.stopping() {
+        if self.stopping() {
             self.answer_refusal(&header, Refusal::STOPPING);
             return Ok(());
         }
-        let request = request(&header, operation, data);
-        let is_stale = || self.outbox.stream().peer_hung_up();
-        let submitted = self.backend.submit(request, self.completion(&header, operation, charge), &is_stale);
-        submitted.map_err(|_: Stale| SessionEnd::StaleChange)?;
+        let done = self.completion(&header, operation, charge);
+        self.submit_unless_stale(request(&header, operation, data), done).await?;
         self.shared.counters.on_submitted(operation);
         Ok(())
     }
 
-    async fn read_payload(&mut self, length: u32, waited: &mut bool) -> Result<Bytes, SessionEnd> {
+    /// Of a client that has hung up no change is submitted. While it cannot be known whether it has, none either.
+    async fn submit_unless_stale(&mut self, mut request: Request, mut done: Completion) -> Result<(), SessionEnd> {
+        loop {
+            let has_hung_up = || self.intake.has_ended() || self.outbox.stream().peer_hung_up();
+            let is_stale = || self.may_hide_its_end() || has_hung_up();
+            let Err(stale) = self.backend.submit(request, done, &is_stale) else {
+                return Ok(());
+            };
+            if has_hung_up() {
+                stale.done.forget();
+                return Err(SessionEnd::StaleChange);
+            }
+            (request, done) = (stale.request, stale.done);
+            self.uncork();
+            self.settled_at = self.intake.read_ahead_to_silence().await;
+        }
+    }
+
+    /// Whether the connection may have ended without a sign of it, as its socket was full while the process stood still.
+    fn may_hide_its_end(&self) -> bool {
+        self.outbox.stream().can_hide_its_end() && self.shared.pulse.stood_still_since(self.settled_at, Moment::now())
+    }
+
+    async fn read_payload(&mut self, length: u32) -> Result<Bytes, SessionEnd> {
         let length = length as usize;
         let stall_timeout = self.shared.limits.stall_timeout;
         if !self.intake.holds(length) {
             self.uncork();
         }
-        let payload = self.intake.read_payload(length, stall_timeout).await?;
-        *waited |= payload.waited;
-        Ok(payload.data)
+        Ok(self.intake.read_payload(length, stall_timeout).await?)
     }
 
     fn completion(&self, header: &RequestHeader, operation: Operation, charge: Charge) -> Completion {

@@ -21,7 +21,7 @@ pub(super) struct Token {
 }
 
 /// What its latency is counted as, and what else its answer depends on.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Read,
     Change,
@@ -135,32 +135,34 @@ impl Backend for VolumeTask {
             NbdRequest::BlockStatus { one, .. } => (Kind::Status { one: *one }, 0),
             NbdRequest::Cache { .. } => (Kind::Prefetch, 0),
         };
-        let token = Token { completion, begun: Instant::now(), kind, length };
-        let request = match request {
-            NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
-            NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
-            NbdRequest::Flush => Request::Flush,
-            NbdRequest::BlockStatus { offset, length, .. } => Request::Status(ByteRange { offset, length }),
-            NbdRequest::Cache { offset, length } => Request::Prefetch(ByteRange { offset, length }),
-            NbdRequest::Trim { offset, length, fua } => {
-                Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
-            }
-            NbdRequest::WriteZeroes { offset, length, fua, no_hole } => {
-                let how = if no_hole { Zeroing::ZeroKeepAllocated } else { Zeroing::Zero };
-                Request::Zero { range: ByteRange { offset, length }, fua, how }
-            }
-        };
-        let is_change = matches!(request, Request::Write { .. } | Request::Zero { .. });
-        let mut outcome = Ok(());
+        let is_change = kind == Kind::Change;
+        let begun = Instant::now();
+        let mut refused = Ok(());
         self.drive(|volume, now| {
             // With the volume locked: whoever wants a place for another request waits until this one has its own.
             if is_change && is_stale() {
-                outcome = Err(Stale);
-                token.completion.forget();
+                refused = Err(Stale { request, done: completion });
             } else {
-                volume.submit(now, token, request);
+                volume.submit(now, Token { completion, begun, kind, length }, in_the_words_of_the_volume(request));
             }
         });
-        outcome
+        refused
+    }
+}
+
+fn in_the_words_of_the_volume(request: NbdRequest) -> Request {
+    match request {
+        NbdRequest::Read { offset, length } => Request::Read(ByteRange { offset, length: length.into() }),
+        NbdRequest::Write { offset, data, fua } => Request::Write { offset, data, fua },
+        NbdRequest::Flush => Request::Flush,
+        NbdRequest::BlockStatus { offset, length, .. } => Request::Status(ByteRange { offset, length }),
+        NbdRequest::Cache { offset, length } => Request::Prefetch(ByteRange { offset, length }),
+        NbdRequest::Trim { offset, length, fua } => {
+            Request::Zero { range: ByteRange { offset, length }, fua, how: Zeroing::Trim }
+        }
+        NbdRequest::WriteZeroes { offset, length, fua, no_hole } => {
+            let how = if no_hole { Zeroing::ZeroKeepAllocated } else { Zeroing::Zero };
+            Request::Zero { range: ByteRange { offset, length }, fua, how }
+        }
     }
 }

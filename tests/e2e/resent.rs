@@ -1,11 +1,12 @@
 //! Changes that a client has sent twice, as kernels do when a server is silent for too long: the old copy, which lies in
-//! the engine's socket while the engine stands still, must never land after what the client wrote since.
+//! the engine's socket while the engine stands still, must never land after what the client wrote since. Not even if the
+//! client had sent so much that the end of its connection is still on its own side when the engine goes on.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -20,7 +21,12 @@ const LIMIT: Duration = Duration::from_secs(30);
 const BLOCK: usize = 4096;
 /// Connections that the client gives up in one round.
 const GIVEN_UP: usize = 3;
-const ROUNDS: u8 = 5;
+const ROUNDS: u8 = 6;
+/// Where connections that are given up write for the first time, each at a place of its own that nobody else writes to.
+const OWN_PLACES: u64 = 8 << 20;
+const OWN_PLACE_BYTES: usize = 200 << 10;
+/// Where they write for as long as their sockets take it.
+const REST: u64 = 15 << 20;
 /// What the engine says of a connection whose change it did not take in.
 const DROPPED: &str = "hung up before its change could be taken in";
 
@@ -49,17 +55,29 @@ impl Old {
         old
     }
 
-    /// Gives it up as a client does that asks elsewhere.
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => &stream.sock,
+        }
+    }
+
+    /// Gives it up as a client does that asks elsewhere, when all of it has arrived.
     fn hang_up(mut self) {
         if let Self::Tls(stream) = &mut self {
             stream.conn.send_close_notify();
             stream.flush().expect("room in the socket");
         }
-        let socket = match &self {
-            Self::Plain(socket) => socket,
-            Self::Tls(stream) => &stream.sock,
-        };
-        socket.shutdown(Shutdown::Both).expect("the engine has not closed it");
+        self.socket().shutdown(Shutdown::Both).expect("the engine has not closed it");
+    }
+
+    /// The same, when the sockets are so full that the end cannot arrive.
+    fn fill_and_hang_up(mut self) {
+        self.socket().set_nonblocking(true).expect("a socket");
+        let payload = vec![0xee; 1 << 20];
+        let rest = Request { command: CMD_WRITE, offset: REST, payload, ..Request::default() }.message(99);
+        while self.write_all(&rest).is_ok() {}
+        self.socket().shutdown(Shutdown::Both).expect("the engine has not closed it");
     }
 }
 
@@ -116,21 +134,39 @@ fn changes(filler: u8) -> [Request; 4] {
     ]
 }
 
+/// A change of a place that is the connection's own.
+fn own_change(index: usize) -> Request {
+    let offset = OWN_PLACES + (index % 30 * OWN_PLACE_BYTES) as u64;
+    Request { command: CMD_WRITE, offset, payload: vec![0xdd; OWN_PLACE_BYTES], ..Request::default() }
+}
+
 /// Rounds of: the engine stands still with changes in its sockets; the client hangs up, sends them again elsewhere and
-/// overwrites them.
+/// overwrites them. In every second round the end of its connections does not reach the engine's machine meanwhile.
 fn rounds(cluster: &Cluster, tls: Option<&Arc<ClientConfig>>) {
     let mut dropped = 0;
     for round in 1..=ROUNDS {
+        let is_end_hidden = round % 2 == 0;
         let mut client = cluster.connect();
         let old: Vec<Old> = (0..GIVEN_UP).map(|_| Old::connect(cluster, tls)).collect();
         cluster.engine().freeze();
-        for mut old in old {
+        let since = Instant::now();
+        for (index, mut old) in old.into_iter().enumerate() {
+            if is_end_hidden {
+                let change = own_change(usize::from(round) * GIVEN_UP + index);
+                old.write_all(&change.message(100)).expect("room in the socket");
+            }
             for (cookie, change) in (1..).zip(changes(round)) {
                 old.write_all(&change.message(cookie)).expect("room in the socket");
             }
             old.flush().expect("room in the socket");
-            old.hang_up();
+            if is_end_hidden {
+                old.fill_and_hang_up();
+            } else {
+                old.hang_up();
+            }
         }
+        // No client waits for less before it asks elsewhere.
+        scratch::wait_until("a second has passed", LIMIT, || since.elapsed() >= Duration::from_secs(1));
         cluster.engine().thaw();
         let newer = vec![round | 0x80; 40 << 10];
         for change in changes(round) {
@@ -148,6 +184,9 @@ fn rounds(cluster: &Cluster, tls: Option<&Arc<ClientConfig>>) {
             let found = client.read(change.offset, newer.len() as u32).expect("a read");
             assert!(found == newer, "round {round}: an old change has landed at {}", change.offset);
         }
+        let untouched = (REST - OWN_PLACES) as u32 + (1 << 20);
+        let found = client.read(OWN_PLACES, untouched).expect("a read");
+        assert!(found.iter().all(|byte| *byte == 0), "round {round}: a change of a client that had hung up has landed");
         client.disconnect();
     }
 }

@@ -190,8 +190,7 @@ impl Backend for MemoryVolume {
     fn submit(&self, request: Request, done: Completion, is_stale: &dyn Fn() -> bool) -> Result<(), Stale> {
         let is_change = matches!(request, Request::Write { .. } | Request::Trim { .. } | Request::WriteZeroes { .. });
         if is_change && is_stale() {
-            done.forget();
-            return Err(Stale);
+            return Err(Stale { request, done });
         }
         self.log.lock().unwrap().push(request.clone());
         let mut gate = self.gate.lock().unwrap();
