@@ -3,7 +3,7 @@
 mod nbd_support;
 
 use std::io::Write;
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -76,6 +76,36 @@ fn trap_3_a_change_that_waited_behind_others_is_dropped_when_its_client_is_gone(
     assert_eq!(new.write(0, 0, b"new"), 0);
     assert_eq!(new.read(0, 3).unwrap(), b"new");
     assert!(!volume.log().iter().any(|r| matches!(r, Request::Trim { .. })));
+}
+
+/// Whether the peer's machine has taken the end of the connection: the kernel then shows it in the state FIN_WAIT2.
+fn end_has_arrived(stream: &TcpStream) -> bool {
+    let port = format!(":{:04X}", stream.local_addr().unwrap().port());
+    let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    connections.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        fields.next().is_some_and(|local| local.ends_with(&port)) && fields.nth(1) == Some("05")
+    })
+}
+
+#[test]
+fn trap_3_the_end_of_a_connection_is_seen_behind_more_than_the_sockets_hold() {
+    let (volume, server) = server_with_one_request_at_a_time();
+    let mut old = server.client("demo");
+    volume.hold();
+    let mut bytes = request(FLUSH, 0, 1, 0, 0);
+    bytes.extend(request(WRITE, 0, 2, 0, 3));
+    bytes.extend(b"old");
+    let much = [request(WRITE, 0, 3, 0, MIB).as_slice(), &[0x25; MIB as usize]].concat();
+    bytes.extend(much.repeat(20));
+    old.stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
+    // All of it goes only because it is read, long before the flush is done.
+    old.send(&bytes);
+    old.stream.shutdown(Shutdown::Both).unwrap();
+    eventually("the end arrives", || end_has_arrived(&old.stream));
+    volume.release();
+    eventually("the old connection ends", || server.counters().connections_open == 0);
+    assert_eq!(volume.log(), [Request::Flush]);
 }
 
 #[test]

@@ -13,13 +13,13 @@ pub struct Limits {
     pub handshakes_max: usize,
     /// From accepting a connection to the choice of an export.
     pub handshake_timeout: Duration,
-    /// Payload and reply bytes in memory over all connections; when reached, no socket is read. Up to a quarter of it is
+    /// Payload and reply bytes in memory over all connections; when reached, requests wait. Up to a quarter of it is
     /// shared out evenly among `connections_max` clients, so that none is without room for small requests. Raised to
     /// the longest single request if set lower.
     pub inflight_bytes_max: usize,
-    /// The same of one connection; when reached, its socket is not read. Raised likewise.
+    /// The same of one connection; when reached, its next request waits. Raised likewise.
     pub connection_bytes_max: usize,
-    /// Requests of one connection not yet answered; when reached, its socket is not read. At least 1.
+    /// Requests of one connection not yet answered; when reached, the next one waits. At least 1.
     pub requests_per_connection_max: usize,
     /// How long a client may stop in the middle of a payload, or take nothing of its replies, before it is cut off:
     /// it holds memory that others wait for. A client that does either, but at less than 256 KiB/s, is given this much
