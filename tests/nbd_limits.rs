@@ -3,11 +3,12 @@
 mod nbd_support;
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nbd_support::*;
-use nbdcast::nbd::Limits;
+use nbdcast::nbd::{Limits, ListenAddress};
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const MIB: usize = 1 << 20;
@@ -71,6 +72,33 @@ fn a_thousand_clients_that_say_nothing_keep_nobody_out() {
     drop(silent);
     eventually("all but the two are gone", || server.counters().connections_open == 2);
     work(&mut after, 10);
+}
+
+/// A connection to the server from an address of this machine's choice.
+fn connect_from(server: &Running, source: Ipv4Addr) -> TcpStream {
+    let ListenAddress::Tcp(address) = server.server().local_address() else { panic!("no TCP address") };
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&socket, &SocketAddr::from((source, 0))).unwrap();
+    connect(&socket, address).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+#[test]
+fn an_address_that_floods_pushes_out_nobody_but_itself() {
+    let _alone = alone();
+    let (_volume, server) = volume_and_server(Limits::default());
+    let mut slow: Vec<RawClient> =
+        (2..6).map(|last| RawClient::greet(connect_from(&server, Ipv4Addr::new(127, 0, 0, last)))).collect();
+    let flood: Vec<TcpStream> = (0..500).map(|_| server.connect()).collect();
+    eventually("the flood was noticed", || server.counters().connections_refused > 300);
+    for client in &mut slow {
+        client.send(&go("demo"));
+        while client.option_reply().1 != 1 {}
+        work(client, 3);
+    }
+    drop(flood);
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Who may be connected: clients that use an export, and strangers that are still in the handshake.
 //!
 //! Two pools, so that whoever connects and says nothing takes no client's place. A stranger more than there is room for
-//! takes the place of the one that has been here longest: a handshake takes milliseconds, so that this is almost never a
-//! client at work on it.
+//! takes the place of another, of whichever address has most of them: an address that floods pushes out its own. Of these
+//! it is the one that has been here longest: a handshake takes milliseconds, so that this is almost never a client at
+//! work on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::AbortHandle;
@@ -17,11 +19,51 @@ pub(super) struct Admission(Mutex<Connections>);
 
 #[derive(Debug, Default)]
 struct Connections {
-    /// Strangers by the order in which they came; without a handle for the moment in which one's task is made.
-    strangers: BTreeMap<u64, Option<AbortHandle>>,
+    /// Strangers by the order in which they came.
+    strangers: BTreeMap<u64, Stranger>,
     clients: usize,
     /// Number of the next to come.
     next: u64,
+}
+
+#[derive(Debug)]
+struct Stranger {
+    origin: Origin,
+    /// `None` for the moment in which its task is made.
+    task: Option<AbortHandle>,
+}
+
+/// Whom a connection counts against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Origin {
+    /// Whoever may open the Unix sockets.
+    Local,
+    /// An IPv4 address, or the first of an IPv6 network of 64 bits: its owner chooses among the addresses in it.
+    Remote(IpAddr),
+}
+
+impl Origin {
+    fn of(peer: Option<IpAddr>) -> Self {
+        match peer.map(|address| address.to_canonical()) {
+            None => Self::Local,
+            Some(IpAddr::V4(address)) => Self::Remote(address.into()),
+            Some(IpAddr::V6(address)) => {
+                Self::Remote(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into())
+            }
+        }
+    }
+}
+
+impl Connections {
+    /// The stranger that has been here longest of the origin that has most of them.
+    fn dispensable(&self) -> Option<u64> {
+        let mut counts: HashMap<Origin, usize> = HashMap::new();
+        for stranger in self.strangers.values() {
+            *counts.entry(stranger.origin).or_default() += 1;
+        }
+        let most = counts.values().copied().max()?;
+        self.strangers.iter().find(|(_, stranger)| counts[&stranger.origin] == most).map(|(number, _)| *number)
+    }
 }
 
 /// One connection's place, as a stranger's first; given up when dropped.
@@ -38,11 +80,12 @@ impl Admission {
         self.lock().clients >= clients_max
     }
 
-    /// Sends away the stranger that has been here longest. False if there is none.
-    pub(super) fn send_oldest_away(&self) -> bool {
-        let oldest = self.lock().strangers.pop_first();
-        let task = oldest.and_then(|(_, task)| task);
-        task.inspect(AbortHandle::abort).is_some()
+    /// Sends away the oldest stranger of the address that has most. False if there is none.
+    pub(super) fn send_one_away(&self) -> bool {
+        let mut connections = self.lock();
+        let sent = connections.dispensable().and_then(|number| connections.strangers.remove(&number));
+        drop(connections);
+        sent.and_then(|stranger| stranger.task).inspect(AbortHandle::abort).is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
@@ -52,22 +95,24 @@ impl Admission {
 }
 
 impl Place {
-    /// Lets a stranger in; `serve` starts the task that serves it. Whether another had to go for it.
-    pub(super) fn take(shared: &Arc<Shared>, serve: impl FnOnce(Place) -> AbortHandle) -> bool {
+    /// Lets a stranger in, who comes from `peer`, or by a Unix socket without one; `serve` starts the task that serves it.
+    /// Whether another had to go for it.
+    pub(super) fn take(shared: &Arc<Shared>, peer: Option<IpAddr>, serve: impl FnOnce(Place) -> AbortHandle) -> bool {
         let admission = &shared.admission;
-        let is_crowded = admission.lock().strangers.len() >= shared.limits.handshakes_max;
-        if is_crowded {
-            admission.send_oldest_away();
-        }
         let mut connections = admission.lock();
         let number = connections.next;
         connections.next += 1;
-        connections.strangers.insert(number, None);
+        connections.strangers.insert(number, Stranger { origin: Origin::of(peer), task: None });
+        // With the newcomer counted, which is never the one to go: there is an older one of its own origin or of another.
+        let is_crowded = connections.strangers.len() > shared.limits.handshakes_max;
         drop(connections);
+        if is_crowded {
+            admission.send_one_away();
+        }
         shared.counters.on_connection_opened();
         let task = serve(Place { shared: Arc::clone(shared), number, is_client: false });
         if let Some(stranger) = admission.lock().strangers.get_mut(&number) {
-            *stranger = Some(task);
+            stranger.task = Some(task);
         }
         is_crowded
     }
@@ -97,5 +142,39 @@ impl Drop for Place {
         }
         drop(connections);
         self.shared.counters.on_connection_closed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn origin(peer: &str) -> Origin {
+        Origin::of(Some(peer.parse().unwrap()))
+    }
+
+    /// Who has to go of strangers from these origins, the oldest first.
+    fn first_to_go(origins: &[Origin]) -> Option<u64> {
+        let stranger = |&origin| Stranger { origin, task: None };
+        let strangers = (0..).zip(origins.iter().map(stranger)).collect();
+        Connections { strangers, ..Connections::default() }.dispensable()
+    }
+
+    #[test]
+    fn who_has_most_loses_its_oldest() {
+        let (one, other) = (origin("192.0.2.1"), origin("192.0.2.2"));
+        assert_eq!(first_to_go(&[one, other, other, one, other]), Some(1));
+        assert_eq!(first_to_go(&[one, Origin::Local, Origin::Local]), Some(1));
+        assert_eq!(first_to_go(&[other, one, Origin::Local]), Some(0), "the oldest of all, where all have one");
+        assert_eq!(first_to_go(&[]), None);
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_origin_and_an_ipv4_address_is_one_however_it_is_written() {
+        assert_eq!(origin("2001:db8::1"), origin("2001:db8::ffff:0:0:1"));
+        assert_ne!(origin("2001:db8::1"), origin("2001:db8:0:1::1"));
+        assert_eq!(origin("192.0.2.1"), origin("::ffff:192.0.2.1"));
+        assert_ne!(origin("192.0.2.1"), origin("192.0.2.2"));
+        assert_ne!(Origin::of(None), origin("127.0.0.1"));
     }
 }

@@ -9,7 +9,8 @@ use super::budget::charge_bytes_max;
 pub struct Limits {
     /// Clients that use an export at a time; further ones are closed at once.
     pub connections_max: usize,
-    /// Connections in the handshake at a time; when reached, a new one takes the place of the oldest.
+    /// Connections in the handshake at a time; when reached, a new one takes the place of the oldest of the
+    /// address that has most; Unix sockets count as one address, an IPv6 network of 64 bits as another.
     pub handshakes_max: usize,
     /// From accepting a connection to the choice of an export.
     pub handshake_timeout: Duration,

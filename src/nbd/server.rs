@@ -213,7 +213,7 @@ impl NbdServer {
         }
         let is_out_of_files =
             [Errno::MFILE, Errno::NFILE].map(|e| Some(e.raw_os_error())).contains(&error.raw_os_error());
-        if !(is_out_of_files && self.shared.admission.send_oldest_away()) {
+        if !(is_out_of_files && self.shared.admission.send_one_away()) {
             tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
         }
     }
@@ -230,7 +230,7 @@ impl NbdServer {
         }
         let exports = Arc::clone(&self.exports.read().unwrap_or_else(PoisonError::into_inner));
         let shutdown = shutdown.clone();
-        let was_crowded = Place::take(shared, |place| {
+        let was_crowded = Place::take(shared, stream.peer_ip(), |place| {
             let shared = Arc::clone(shared);
             sessions.spawn(serve_connection(stream, shared, exports, place, shutdown))
         });
@@ -238,7 +238,7 @@ impl NbdServer {
             shared.counters.on_connection_refused();
             if let Some(suppressed) = shared.trouble_log.pass() {
                 let limit = shared.limits.handshakes_max;
-                tracing::warn!(limit, suppressed, "the oldest of too many NBD handshakes was ended");
+                tracing::warn!(limit, suppressed, "an NBD handshake was ended, of the address with most of too many");
             }
         }
     }
