@@ -97,9 +97,10 @@ pub fn is_host(host: &str) -> bool {
     is_name(host) || host.parse::<IpAddr>().is_ok()
 }
 
-/// Makes what is missing in `out`. Names must have passed [`is_name`], hosts [`is_host`].
+/// Makes what is missing in `out`, when no other command does. Names must have passed [`is_name`], hosts [`is_host`].
 pub fn make(out: &Path, wanted: &Wanted) -> Result<Vec<Member>, CertsError> {
     files::make_root(out)?;
+    let _alone = files::lock(out)?;
     let holders = [Holder::Engine]
         .into_iter()
         .chain(wanted.agents.iter().cloned().map(Holder::Agent))

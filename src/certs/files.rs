@@ -1,9 +1,11 @@
-//! Directories of certificates on disk: made whole or not at all, keys for their owner only.
+//! Directories of certificates on disk: made whole or not at all, by one command at a time, keys for their owner only.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+const LOCK_FILE: &str = ".lock";
 
 /// Why certificates are not made.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +65,15 @@ pub(super) fn make_root(path: &Path) -> Result<(), CertsError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path))
 }
 
+/// Waits until no other command is at work in the set at `root`; none is as long as the value lives.
+pub(super) fn lock(root: &Path) -> Result<fs::File, CertsError> {
+    let path = root.join(LOCK_FILE);
+    // Not the directory itself, which network filesystems cannot lock. Left behind: whoever waits for a file that is
+    // removed would hold the lock beside whoever makes it anew.
+    let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+    opened.and_then(|file| file.lock().map(|()| file)).map_err(failed(&path))
+}
+
 /// Whether there is something of this name.
 pub(super) fn is_there(path: &Path) -> Result<bool, CertsError> {
     match fs::symlink_metadata(path) {
@@ -83,7 +94,7 @@ pub(super) enum File {
     Key,
 }
 
-/// A directory in the making: under another name until it is whole.
+/// A directory in the making: under another name until it is whole. Only for whoever has the lock.
 pub(super) struct NewDirectory {
     path: PathBuf,
     unfinished: PathBuf,
@@ -95,7 +106,7 @@ impl NewDirectory {
         name.push(path.file_name().unwrap_or_default());
         name.push(".new");
         let unfinished = path.with_file_name(name);
-        // Of an earlier attempt that was interrupted; nobody was given anything of it.
+        // Of an earlier attempt that was interrupted, as we have the lock; nobody was given anything of it.
         if is_there(&unfinished)? {
             fs::remove_dir_all(&unfinished).map_err(failed(&unfinished))?;
         }

@@ -77,6 +77,37 @@ fn a_set_grows_and_what_is_there_stays() {
 }
 
 #[test]
+fn commands_that_run_at_once_make_one_set() {
+    const AT_ONCE: usize = 4;
+    for _ in 0..10 {
+        let out = tempfile::tempdir().expect("a directory");
+        let out = out.path().join("certs");
+        let start = std::sync::Barrier::new(AT_ONCE);
+        let sets: Vec<Vec<Member>> = std::thread::scope(|scope| {
+            let command = || {
+                start.wait();
+                make(&out, &wanted(&["a"], &["guest"])).expect("certificates")
+            };
+            let commands: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(command)).collect();
+            commands.into_iter().map(|command| command.join().expect("no panic")).collect()
+        });
+        for (index, made) in sets[0].iter().enumerate() {
+            let makers = sets.iter().filter(|set| !set[index].kept).count();
+            assert_eq!(makers, 1, "one of them made {}", made.holder);
+        }
+        let read = |name: &str| fs::read_to_string(out.join(name)).expect(name);
+        let authority = read("ca/ca-cert.pem");
+        for (dir, side) in
+            [("engine", "server"), ("engine", "client"), ("agent-a", "server"), ("client-guest", "client")]
+        {
+            assert!(is_issued_by(&read(&format!("{dir}/{side}-cert.pem")), &authority), "{dir}/{side}");
+            assert_eq!(read(&format!("{dir}/ca-cert.pem")), authority);
+        }
+        make(&out, &wanted(&["b"], &[])).expect("the CA's certificate goes with its key");
+    }
+}
+
+#[test]
 fn nothing_is_issued_without_the_ca_as_it_was_made() {
     let (one, other) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
     for out in [&one, &other] {
