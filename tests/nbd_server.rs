@@ -213,6 +213,24 @@ fn shutdown_refuses_new_requests_and_finishes_outstanding_ones() {
 }
 
 #[test]
+fn a_handshake_in_progress_is_told_that_the_server_stops() {
+    let server = Running::on_tcp(&[&MemoryVolume::new("demo", 1 << 20)], Limits::default());
+    let mut busy = RawClient::greet(server.connect());
+    let mut idle = RawClient::greet(server.connect());
+    let go = go("demo");
+    busy.send(&go[..20]);
+    server.begin_shutdown();
+    busy.send(&go[20..]);
+    let (number, kind, _text) = busy.option_reply();
+    assert_eq!((number, kind), (7, (1 << 31) + 7));
+    busy.send(&option(2, b""));
+    assert_eq!(busy.option_reply().1, 1, "ABORT is acknowledged as ever");
+    busy.expect_closed();
+    idle.expect_closed();
+    server.wait_ended();
+}
+
+#[test]
 fn shutdown_does_not_wait_for_ever_for_a_volume_that_hangs() {
     let volume = MemoryVolume::new("demo", 1 << 20);
     let limits = Limits { shutdown_timeout: Duration::from_millis(100), ..Limits::default() };

@@ -70,6 +70,8 @@ pub const REP_ERR_INVALID: u32 = (1 << 31) + 3;
 pub const REP_ERR_TLS_REQD: u32 = (1 << 31) + 5;
 /// Option reply: there is no such export.
 pub const REP_ERR_UNKNOWN: u32 = (1 << 31) + 6;
+/// Option reply: the server is stopping.
+pub const REP_ERR_SHUTDOWN: u32 = (1 << 31) + 7;
 /// Option reply: the option's data is longer than the server takes.
 pub const REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
 /// Option reply: extended headers were agreed on already and rule out the option.

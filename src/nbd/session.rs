@@ -25,7 +25,8 @@ use super::tls::{self, Tls};
 use super::transmission::Transmission;
 
 /// How long to wait for a client to close after the server is done: closing earlier, with bytes of the client unread,
-/// would take back replies that are still on their way.
+/// would take back replies that are still on their way. Also how long a client in the handshake may take to send what
+/// can be refused.
 const LINGER_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why a session ends. All but `Goodbye` and `Closed` are logged by name.
@@ -79,11 +80,14 @@ pub(super) async fn serve_connection(
 ) {
     let handshake_timeout = shared.limits.handshake_timeout;
     let negotiated = tokio::select! {
-        negotiated = negotiate(stream, &shared, &exports) => negotiated,
+        negotiated = negotiate(stream, &shared, &exports, &shutdown) => negotiated,
         () = tokio::time::sleep(handshake_timeout) => {
             Err(SessionEnd::HandshakeTimeout(handshake_timeout))
         }
-        () = stopped(shutdown.clone()) => Err(SessionEnd::Stopping),
+        () = async {
+            stopped(shutdown.clone()).await;
+            tokio::time::sleep(LINGER_TIMEOUT).await;
+        } => Err(SessionEnd::Stopping),
     };
     let end = match negotiated {
         Ok(negotiated) if place.become_client() => transmit(negotiated, Arc::clone(&shared), &exports, shutdown).await,
@@ -129,6 +133,7 @@ async fn negotiate(
     mut stream: Stream,
     shared: &Shared,
     exports: &[Arc<dyn Backend>],
+    shutdown: &watch::Receiver<bool>,
 ) -> Result<Negotiated, SessionEnd> {
     let infos: Vec<ExportInfo> = exports.iter().map(|backend| backend.export()).collect();
     let (tls, config) = match &shared.tls {
@@ -145,6 +150,9 @@ async fn negotiate(
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
     stream.write_all(&greeting()).await?;
     loop {
+        if *shutdown.borrow() {
+            handshake.stop();
+        }
         let progress = handshake.advance(&mut input, &mut output)?;
         stream.write_all(&output).await?;
         output.clear();

@@ -104,6 +104,9 @@ pub enum HandshakeError {
     /// EXPORT_NAME has no form with extended headers.
     #[error("EXPORT_NAME after extended headers were agreed on")]
     ExportNameAfterExtended,
+    /// EXPORT_NAME, which cannot be answered with an error, came while the server stops.
+    #[error("EXPORT_NAME while the server is stopping")]
+    Stopping,
     /// Bytes that came unencrypted behind STARTTLS could be anybody's.
     #[error("unencrypted bytes behind STARTTLS")]
     InputBehindStartTls,
@@ -139,6 +142,7 @@ pub struct Handshake<'a> {
     no_zeroes: bool,
     haggled: Haggled,
     options_seen: u32,
+    is_stopping: bool,
 }
 
 impl<'a> Handshake<'a> {
@@ -152,7 +156,13 @@ impl<'a> Handshake<'a> {
             no_zeroes: false,
             haggled: Haggled::NOTHING,
             options_seen: 0,
+            is_stopping: false,
         }
+    }
+
+    /// The server is stopping: every option but ABORT is refused from here on.
+    pub fn stop(&mut self) {
+        self.is_stopping = true;
     }
 
     /// Takes what it can use from the front of `input`, at most one option, and appends the answer to `output`.
@@ -221,6 +231,7 @@ impl<'a> Handshake<'a> {
         let known = match self.admit(option, length) {
             Ok(known) => known,
             Err((REP_ERR_TOO_BIG, _)) if option == OPT_EXPORT_NAME => return Err(HandshakeError::UnknownExport),
+            Err((REP_ERR_SHUTDOWN, _)) if option == OPT_EXPORT_NAME => return Err(HandshakeError::Stopping),
             Err(_) if option == OPT_EXPORT_NAME => return Err(HandshakeError::NotPermitted),
             Err(refusal) => {
                 if option == OPT_SET_META_CONTEXT {
@@ -250,6 +261,9 @@ impl<'a> Handshake<'a> {
     /// Whether the option is looked at. If not, its data is thrown away as it arrives.
     fn admit(&self, option: u32, length: u32) -> Result<KnownOption, Refusal> {
         let known = KnownOption::from_wire(option);
+        if self.is_stopping && known != Some(KnownOption::Abort) {
+            return Err((REP_ERR_SHUTDOWN, "the server is stopping"));
+        }
         if self.offer.tls == TlsMode::Require && !self.client.is_tls {
             match known {
                 Some(KnownOption::StartTls | KnownOption::Abort) => {}

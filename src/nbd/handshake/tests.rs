@@ -73,6 +73,25 @@ fn kinds(output: BytesMut) -> Vec<u32> {
     replies(output).into_iter().map(|(_, kind, _)| kind).collect()
 }
 
+#[test]
+fn who_is_stopping_refuses_every_option_but_abort() {
+    let exports = [export("demo", false)];
+    let mut handshake = Handshake::new(offer(&exports), Client::default());
+    let flags = (CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES).to_be_bytes();
+    assert_eq!(feed(&mut handshake, &flags).0, Ok(Progress::NeedInput));
+    handshake.stop();
+    for number in [OPT_LIST, OPT_STARTTLS, OPT_GO, OPT_SET_META_CONTEXT, 12345] {
+        let (progress, output) = feed(&mut handshake, &option(number, b"abc"));
+        assert_eq!((progress, kinds(output)), (Ok(Progress::NeedInput), vec![REP_ERR_SHUTDOWN]));
+    }
+    let (progress, output) = feed(&mut handshake, &option(OPT_ABORT, b""));
+    assert_eq!((progress, kinds(output)), (Ok(Progress::Aborted), vec![REP_ACK]));
+    let mut handshake = Handshake::new(offer(&exports), Client::default());
+    handshake.stop();
+    let chosen = [&flags[..], &option(OPT_EXPORT_NAME, b"demo")].concat();
+    assert_eq!(feed(&mut handshake, &chosen).0, Err(HandshakeError::Stopping));
+}
+
 /// Without structured replies and contexts.
 fn plain(export: usize) -> Progress {
     Progress::Chosen(Agreement { export, style: ReplyStyle::Simple, has_context: false })
