@@ -64,6 +64,10 @@ pub struct VolumeStatus {
     pub written_bytes: u64,
     /// Recent latencies as clients see them, in microseconds.
     pub latency_us: LatencyStatus,
+    /// BLOCK_STATUS requests since the engine started.
+    pub block_statuses: u64,
+    /// CACHE requests since the engine started.
+    pub caches: u64,
 }
 
 /// What a volume does for its clients.

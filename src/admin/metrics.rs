@@ -67,6 +67,8 @@ struct VolumeMetrics {
     exposed: Gauges,
     reads: Counters,
     writes: Counters,
+    block_statuses: Counters,
+    caches: Counters,
     read_bytes: Counters,
     written_bytes: Counters,
     latency: Seconds,
@@ -85,6 +87,8 @@ impl VolumeMetrics {
             exposed: gauges(r, "volume_exposed_bytes", "Acknowledged bytes held by fewer than two replicas"),
             reads: counters(r, "volume_reads", "Reads answered"),
             writes: counters(r, "volume_writes", "Writes, TRIMs and WRITE_ZEROES answered"),
+            block_statuses: counters(r, "volume_block_statuses", "BLOCK_STATUS requests"),
+            caches: counters(r, "volume_caches", "CACHE requests"),
             read_bytes: counters(r, "volume_read_bytes", "Bytes of reads answered"),
             written_bytes: counters(r, "volume_written_bytes", "Bytes of writes answered"),
             latency: seconds(r, "volume_latency_seconds", "Recent latency as clients see it, by quantile"),
@@ -108,6 +112,8 @@ impl VolumeMetrics {
         }
         self.reads.get_or_create(&labels).inc_by(volume.reads);
         self.writes.get_or_create(&labels).inc_by(volume.writes);
+        self.block_statuses.get_or_create(&labels).inc_by(volume.block_statuses);
+        self.caches.get_or_create(&labels).inc_by(volume.caches);
         self.read_bytes.get_or_create(&labels).inc_by(volume.read_bytes);
         self.written_bytes.get_or_create(&labels).inc_by(volume.written_bytes);
         self.set_latency(&volume.name, "read", volume.latency_us.read);

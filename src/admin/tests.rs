@@ -107,6 +107,8 @@ async fn metrics_name_volume_and_replica() {
         r#"nbdcast_volume_serving{volume="vol0"} 1"#,
         r#"nbdcast_volume_size_bytes{volume="vol0"} 10737418240"#,
         r#"nbdcast_volume_writes_total{volume="vol0"} 9001"#,
+        r#"nbdcast_volume_block_statuses_total{volume="vol0"} 17"#,
+        r#"nbdcast_volume_caches_total{volume="vol0"} 5"#,
         r#"nbdcast_volume_latency_seconds{volume="vol0",operation="write",quantile="0.99"} 2.5"#,
         r#"nbdcast_volume_blocked{volume="vol0"} 0"#,
         r#"nbdcast_volume_written_bytes_total{volume="vol0"} 36868096"#,

@@ -63,6 +63,8 @@ fn volume_status(task: &VolumeTask) -> VolumeStatus {
             read: shown(task.figures.read_latency()),
             write: shown(task.figures.change_latency()),
         },
+        block_statuses: snapshot.statuses,
+        caches: snapshot.prefetches,
     }
 }
 

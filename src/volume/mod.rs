@@ -133,6 +133,8 @@ struct SinceStable {
 struct Counts {
     reads: u64,
     writes: u64,
+    statuses: u64,
+    prefetches: u64,
 }
 
 #[derive(Debug)]
@@ -379,8 +381,14 @@ impl<T> Volume<T> {
                 self.counts.reads += 1;
                 self.begin_read(now, token, ReadKind::Data, range);
             }
-            Request::Status(range) => self.begin_read(now, token, ReadKind::Extents, range),
-            Request::Prefetch(range) => self.begin_read(now, token, ReadKind::Prefetch, range),
+            Request::Status(range) => {
+                self.counts.statuses += 1;
+                self.begin_read(now, token, ReadKind::Extents, range);
+            }
+            Request::Prefetch(range) => {
+                self.counts.prefetches += 1;
+                self.begin_read(now, token, ReadKind::Prefetch, range);
+            }
             Request::Flush => match &self.log {
                 Some(log) => {
                     let last = log.last();

@@ -32,6 +32,10 @@ pub struct VolumeSnapshot {
     pub reads: u64,
     /// Changes taken.
     pub writes: u64,
+    /// Questions for what is allocated, taken.
+    pub statuses: u64,
+    /// Hints that something will be read, taken.
+    pub prefetches: u64,
 }
 
 /// What a volume is doing.
@@ -102,6 +106,8 @@ impl<T> Volume<T> {
             blocked: self.start_blocked().map(ToString::to_string),
             reads: self.counts.reads,
             writes: self.counts.writes,
+            statuses: self.counts.statuses,
+            prefetches: self.counts.prefetches,
         }
     }
 
