@@ -37,6 +37,16 @@ pub struct Client {
     pub names: Vec<String>,
 }
 
+/// Where it connects from.
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => address.to_canonical().fmt(f),
+            None => f.write_str("unix"),
+        }
+    }
+}
+
 /// What the rules say of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {

@@ -124,6 +124,7 @@ fn log_end(shared: &Shared, end: &SessionEnd) {
 /// A connection whose handshake is over.
 struct Negotiated {
     stream: Stream,
+    client: Client,
     agreement: Agreement,
     /// What was read beyond the handshake.
     rest: BytesMut,
@@ -173,7 +174,10 @@ async fn negotiate(
                 stream = encrypted.stream;
                 handshake.on_tls(encrypted.names);
             }
-            Progress::Chosen(agreement) => return Ok(Negotiated { stream, agreement, rest: input }),
+            Progress::Chosen(agreement) => {
+                let client = handshake.client().clone();
+                return Ok(Negotiated { stream, client, agreement, rest: input });
+            }
         }
     }
 }
@@ -185,10 +189,18 @@ async fn transmit(
     exports: &[Arc<dyn Backend>],
     shutdown: watch::Receiver<bool>,
 ) -> SessionEnd {
-    let Negotiated { stream, agreement, rest } = negotiated;
+    let Negotiated { stream, client, agreement, rest } = negotiated;
     let backend = Arc::clone(&exports[agreement.export]);
     if let Some(suppressed) = shared.log.pass() {
-        tracing::info!(export = backend.export().name, style = ?agreement.style, suppressed, "NBD client connected");
+        tracing::info!(
+            peer = %client,
+            tls = client.is_tls,
+            names = ?client.names,
+            export = backend.export().name,
+            style = ?agreement.style,
+            suppressed,
+            "NBD client connected"
+        );
     }
     let (read, write) = stream.split();
     let intake = Intake::new(read, &rest, shared.budget.loan());

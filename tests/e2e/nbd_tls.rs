@@ -1,6 +1,7 @@
 //! Real clients over TLS, by TCP and by a Unix socket, and who is let in.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -123,6 +124,26 @@ fn qemu_io_reads_back_its_patterns() {
     }
     let image = served.stop("vol0");
     assert!(image[8 << 20..12 << 20].iter().all(|byte| *byte == 0x11));
+}
+
+#[test]
+fn the_log_says_who_has_connected() {
+    let _turn = scratch::shared_machine();
+    let mut served = Served::with_tls("on", &[volume()]);
+    for door in served.doors(false).into_iter().chain(served.doors(true)) {
+        nbdinfo(&door, "vol0");
+    }
+    for who in [
+        "peer=127.0.0.1 tls=false names=[]",
+        "peer=unix tls=false names=[]",
+        "peer=127.0.0.1 tls=true names=[\"guest\"]",
+        "peer=unix tls=true names=[\"guest\"]",
+    ] {
+        scratch::wait_until(&format!("the log says `{who}`"), Duration::from_secs(10), || {
+            served.running().lines_with("NBD client connected").iter().any(|line| line.contains(who))
+        });
+    }
+    served.stop("vol0");
 }
 
 /// Runs nbdinfo in the expectation that it is refused; returns what it said of that.

@@ -159,6 +159,12 @@ impl Program {
         found
     }
 
+    /// The lines it has printed so far that have `words` in them, without colours.
+    pub fn lines_with(&self, words: &str) -> Vec<String> {
+        let plain = self.printed().lines().map(without_colours).collect::<Vec<_>>();
+        plain.into_iter().filter(|line| line.contains(words)).collect()
+    }
+
     /// Everything it has printed so far, for messages.
     pub fn printed(&self) -> String {
         self.transcript.lines.lock().expect("a reader panicked").join("\n")
@@ -240,6 +246,13 @@ fn dying_with_us(path: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(path);
     command
+}
+
+fn without_colours(line: &str) -> String {
+    let mut parts = line.split('\u{1b}');
+    let first = parts.next().unwrap_or_default().to_string();
+    // Each of the others begins with `[`, numbers and `m`.
+    first + &parts.filter_map(|part| part.split_once('m')).map(|(_, text)| text).collect::<String>()
 }
 
 fn record(pipe: Option<impl Read + Send + 'static>, transcript: Arc<Transcript>) {

@@ -160,6 +160,11 @@ impl<'a> Handshake<'a> {
         }
     }
 
+    /// The client, as far as it is known by now.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// The server is stopping: every option but ABORT is refused from here on.
     pub fn stop(&mut self) {
         self.is_stopping = true;
