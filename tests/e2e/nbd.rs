@@ -26,6 +26,7 @@ pub const CMD_WRITE: u16 = 1;
 pub const CMD_DISC: u16 = 2;
 pub const CMD_FLUSH: u16 = 3;
 pub const CMD_TRIM: u16 = 4;
+pub const CMD_CACHE: u16 = 5;
 pub const CMD_WRITE_ZEROES: u16 = 6;
 pub const FLAG_FUA: u16 = 1;
 
@@ -147,7 +148,7 @@ impl Client {
         self.call(request).map(drop)
     }
 
-    /// TRIM or WRITE_ZEROES of a range.
+    /// TRIM, WRITE_ZEROES or CACHE of a range.
     pub fn clear(&mut self, command: u16, offset: u64, length: u32) -> io::Result<()> {
         let request = Request { command, offset, length, ..Request::default() };
         self.call(request).map(drop)

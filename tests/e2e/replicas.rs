@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::cluster::Cluster;
 use crate::endings::offline;
-use crate::nbd::{CMD_TRIM, CMD_WRITE_ZEROES, Client, Endpoint, FLAG_FUA};
+use crate::nbd::{CMD_CACHE, CMD_TRIM, CMD_WRITE_ZEROES, Client, Endpoint, FLAG_FUA};
 use crate::plan::{self, Plan, VOLUME};
 use crate::program::{self, Program};
 use crate::scratch::{self, Mounted};
@@ -130,6 +130,16 @@ fn status_shows_the_volume_and_its_members() {
     assert!(plain.status.success() && plain.stdout.contains(VOLUME), "{plain}");
     let metrics = status::http_get(cluster.admin_port, "/metrics").expect("/metrics");
     assert!(metrics.contains("# TYPE "), "Prometheus text: {metrics}");
+    for line in ["volume_block_statuses_total{volume=\"vol0\"} 0", "volume_caches_total{volume=\"vol0\"} 0"] {
+        assert!(metrics.contains(line), "`{line}` is not in {metrics}");
+    }
+    cluster.connect().clear(CMD_CACHE, 0, 8192).expect("a hint");
+    tools::run("nbdinfo", |command| {
+        command.arg("--map").arg(cluster.uri());
+    });
+    let metrics = status::http_get(cluster.admin_port, "/metrics").expect("/metrics");
+    assert!(metrics.contains("volume_caches_total{volume=\"vol0\"} 1"), "{metrics}");
+    assert!(!metrics.contains("volume_block_statuses_total{volume=\"vol0\"} 0"), "{metrics}");
     status::http_get(cluster.admin_port, "/healthz").expect("/healthz is 200 while serving");
     cluster.stop();
 }
