@@ -22,6 +22,8 @@ pub struct Agent {
     pub port: u16,
     /// Where engines dial it, if not at its own port.
     pub dialled_at: Option<u16>,
+    /// The Unix socket where it listens instead of the port, if it does.
+    pub socket: Option<PathBuf>,
     pub data: PathBuf,
     /// Its certificates, if it has TLS.
     pub certificates: Option<PathBuf>,
@@ -34,6 +36,7 @@ impl Agent {
             name: name.to_string(),
             port: scratch::free_port(),
             dialled_at: None,
+            socket: None,
             data,
             certificates: None,
             program: None,
@@ -49,19 +52,27 @@ impl Agent {
         self.replica().join("image.raw")
     }
 
+    /// Its address if this is its port.
+    fn address_at(&self, port: u16) -> String {
+        match &self.socket {
+            Some(path) => format!("unix:{}", path.display()),
+            None => format!("127.0.0.1:{port}"),
+        }
+    }
+
     /// Starts it and waits until it says that it is ready.
     pub fn start(&mut self) {
         let mut program =
             Program::start(&format!("listener-agent {}", self.name), &program::listener_agent(), |command| {
                 self.arguments(command)
             });
-        let ready = format!("ready 127.0.0.1:{}", self.port);
+        let ready = format!("ready {}", self.address_at(self.port));
         program.wait_for_line(&format!("`{ready}`"), |line| line.trim() == ready);
         self.program = Some(program);
     }
 
     fn arguments(&self, command: &mut Command) {
-        command.arg("--listen").arg(format!("127.0.0.1:{}", self.port)).arg("--data").arg(&self.data);
+        command.arg("--listen").arg(self.address_at(self.port)).arg("--data").arg(&self.data);
         if let Some(certificates) = &self.certificates {
             command.arg("--tls-certificates").arg(certificates);
         }
@@ -174,7 +185,7 @@ impl Cluster {
             .iter()
             .map(|agent| {
                 let port = agent.dialled_at.unwrap_or(agent.port);
-                (agent.name.clone(), format!("address = \"127.0.0.1:{port}\""))
+                (agent.name.clone(), format!("address = \"{}\"", agent.address_at(port)))
             })
             .collect::<Vec<_>>();
         plan::config_text(&self.plan, &self.endpoint, self.admin_port, &replicas)

@@ -74,6 +74,48 @@ fn an_agent_with_the_certificate_of_another_is_refused_by_name_and_the_volume_go
 }
 
 #[test]
+fn agents_behind_unix_sockets_prove_who_they_are_as_well() {
+    let _turn = scratch::shared_machine();
+    let sockets = scratch::socket_directory();
+    let mut cluster = Cluster::planned(small());
+    for agent in &mut cluster.agents {
+        agent.socket = Some(sockets.path().join(format!("{}.sock", agent.name)));
+    }
+    cluster.write_config();
+    cluster.start_agents();
+    cluster.create();
+    cluster.start_engine();
+    let mut client = cluster.connect();
+    client.write(0, &[1; 4096], FLAG_FUA).expect("a write");
+    // The socket file that it leaves behind is replaced.
+    cluster.agent_mut("b").kill();
+    client.write(4096, &[2; 4096], FLAG_FUA).expect("a write without b");
+    cluster.agent_mut("b").start();
+    cluster.wait_caught_up("b");
+
+    cluster.agent_mut("a").stop();
+    let (own, of_b) = (cluster.certificates("agent-a"), cluster.certificates("agent-b"));
+    cluster.agent_mut("a").certificates = Some(of_b);
+    cluster.agent_mut("a").start();
+    wait_for_reason(&cluster, "a", "the agent's certificate is for b, not for a");
+    client.write(8192, &[3; 4096], FLAG_FUA).expect("a write without a");
+    cluster.agent_mut("a").stop();
+    cluster.agent_mut("a").certificates = None;
+    cluster.agent_mut("a").start();
+    wait_for_reason(&cluster, "a", "the agent does not speak TLS");
+    cluster.agent_mut("a").stop();
+    cluster.agent_mut("a").certificates = Some(own);
+    cluster.agent_mut("a").start();
+    cluster.wait_caught_up("a");
+    client.disconnect();
+    cluster.stop();
+    let image = cluster.identical_images(&cluster.names());
+    for (block, byte) in [(0, 1), (1, 2), (2, 3)] {
+        assert!(image[block * 4096..(block + 1) * 4096] == [byte; 4096], "block {block}");
+    }
+}
+
+#[test]
 fn nobody_but_an_engine_makes_or_reaches_a_replica() {
     let _turn = scratch::shared_machine();
     let mut cluster = Cluster::planned(small());
