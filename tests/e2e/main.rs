@@ -30,6 +30,7 @@ mod crash;
 mod disks;
 mod durability;
 mod errors;
+mod flood;
 mod nbd_tls;
 mod negative;
 mod operator;
