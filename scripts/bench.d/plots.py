@@ -77,8 +77,8 @@ def short(value):
 
 def ratio_bars(judged, below, path):
     """A bar for each ratio, on a logarithmic scale from 1; its target is a black mark."""
-    height, left, right = 24, 470, 760
-    drawing = Drawing(960, 86 + height * len(judged), "Ratios and targets", below)
+    height, left, right = 24, 440, 730
+    drawing = Drawing(980, 86 + height * len(judged), "Ratios and targets", below)
     bounds = [entry["at_least"] or entry["at_most"] for entry in judged]
     stretches = [entry["stretch"] for entry in judged]
     values = [entry["ratio"] for entry in judged] + [value for value in bounds + stretches if value] + [0.25, 1, 16]

@@ -73,7 +73,8 @@ def judge(figures):
 
 
 def targets_table(figures, judged, notes):
-    lines = ["| work | server | against | metric | target | ratio | of single rounds | |", "|---|---|---|---|---|--:|--:|---|"]
+    lines = ["| work | server | against | metric | target | ratio | of single rounds | |",
+             "|---|---|---|---|---|--:|--:|---|"]
     for entry in judged:
         note = mark(figures, notes, entry["work"], entry["server"], entry["against"])
         lines.append(f"| {entry['work']} | {entry['server']} | {entry['against']}{note} | {METRICS[entry['metric']]} "
