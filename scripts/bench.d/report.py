@@ -110,12 +110,16 @@ def cpu_table(figures):
     return lines
 
 
-def markdown(figures, judged):
+def markdown(figures, judged, filesystem):
+    """`filesystem` makes further lines of the notes that it is given."""
     notes = Notes()
     lines = [f"- {server.name}: {server.promise}" for server in figures.servers.values()]
     if judged:
         lines += ["", *targets_table(figures, judged, notes)]
+    further = filesystem(notes)
+    if further:
+        lines += ["", *further]
     if notes.texts:
-        lines += ["", *("  \n".join(notes.lines()).split("\n"))]
+        lines += ["", "  \n".join(notes.lines())]
     lines += ["", *figures_table(figures), "", *cpu_table(figures)]
     return "\n".join(lines)
