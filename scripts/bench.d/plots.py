@@ -40,9 +40,11 @@ class Drawing:
 class Scale:
     """Values to places on a line, by their logarithm or from 0 on."""
 
-    def __init__(self, values, start, end, logarithmic):
+    def __init__(self, values, start, end, logarithmic, rounded=True):
         self.start, self.end, self.logarithmic = start, end, logarithmic
-        if logarithmic:
+        if logarithmic and not rounded:
+            self.low, self.high = min(values), max(max(values), min(values) * 2)
+        elif logarithmic:
             self.low = 2 ** math.floor(math.log2(min(values)))
             self.high = max(2 ** math.ceil(math.log2(max(values))), self.low * 2)
         else:
@@ -59,7 +61,7 @@ class Scale:
         if not self.logarithmic:
             return [self.high * part / 4 for part in range(5)]
         steps = round(math.log2(self.high / self.low))
-        return [self.low * 2 ** step for step in range(0, steps + 1, max(1, math.ceil(steps / 12)))]
+        return [self.low * 2 ** step for step in range(0, steps + 1, max(1, math.ceil(steps / 8)))]
 
 
 def nice(value):
@@ -86,7 +88,7 @@ def ratio_bars(judged, below, path):
     bottom = 64 + height * len(judged)
     for tick in scale.ticks():
         drawing.line(scale.place(tick), 56, scale.place(tick), bottom, "#888" if tick == 1 else "#e4e4e4")
-        drawing.text(scale.place(tick), bottom + 14, f"{tick:g}x", "middle", colour="#555")
+        drawing.text(scale.place(tick), bottom + 14, f"{tick:g}", "middle", colour="#555")
     metrics = {"iops": "IOPS", "p50_us": "p50", "p99_us": "p99"}
     for number, (entry, bound) in enumerate(zip(judged, bounds)):
         y = 60 + height * number
@@ -126,7 +128,7 @@ def curves(title, below, x_name, y_name, lines, path, x_text=str, log_y=False):
     right, bottom = width - 190, height - 50
     drawing = Drawing(width, height, title, below)
     xs = sorted({x for points in lines.values() for x, _ in points})
-    across = Scale(xs, left, right, True)
+    across = Scale(xs, left, right, True, rounded=False)
     up = Scale([y for points in lines.values() for _, y in points], bottom, top, log_y)
     for tick in up.ticks():
         drawing.line(left, up.place(tick), right, up.place(tick))
