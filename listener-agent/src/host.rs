@@ -22,7 +22,7 @@ use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
-use crate::replica::{ExtendJob, FetchJob, GroupJob, JobError, Replica, SessionId, Time};
+use crate::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, JobError, Replica, SessionId, Time};
 use crate::superblock::Identity;
 
 /// Takes messages for an engine. Must not block.
@@ -33,11 +33,16 @@ const READER_THREADS: usize = 2;
 const IDLE_LOOK: Duration = Duration::from_millis(250);
 /// How often at most.
 const LOOK_MIN: Duration = Duration::from_millis(5);
+/// What nobody waits for is applied after this time. Together it costs less than one by one, of processor time that
+/// whoever waits for the journal can use.
+const APPLY_DELAY: Duration = Duration::from_millis(5);
 
 struct State {
     replica: Replica,
     sinks: BTreeMap<SessionId, Sink>,
     next_session: SessionId,
+    /// Since when there is something to apply.
+    apply_since: Option<Time>,
     stopping: bool,
 }
 
@@ -87,7 +92,7 @@ impl ReplicaHost {
         let old_engines_gone = reach == Reach::ThisProcess;
         let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
         let replica = Replica::new(superblock, ring, opened.durable, dirty, Time::ZERO, old_engines_gone);
-        let state = State { replica, sinks: BTreeMap::new(), next_session: 1, stopping: false };
+        let state = State { replica, sinks: BTreeMap::new(), next_session: 1, apply_since: None, stopping: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             journal_work: Condvar::new(),
@@ -212,6 +217,36 @@ impl Drop for Session {
     }
 }
 
+impl State {
+    /// Whether the thread that applies has to know that there is something for it.
+    fn begins_to_have_apply(&mut self, now: Time) -> bool {
+        let is_known = self.apply_since.is_some();
+        if self.replica.has_apply(now) {
+            self.apply_since.get_or_insert(now);
+            !is_known || self.replica.is_apply_urgent()
+        } else {
+            false
+        }
+    }
+
+    fn apply_due_at(&self) -> Option<Time> {
+        self.apply_since.map(|since| since + APPLY_DELAY)
+    }
+
+    fn next_apply(&mut self, now: Time) -> Option<ApplyJob> {
+        if !self.replica.has_apply(now) {
+            self.apply_since = None;
+            return None;
+        }
+        let since = *self.apply_since.get_or_insert(now);
+        if !self.replica.is_apply_urgent() && now < since + APPLY_DELAY {
+            return None;
+        }
+        self.apply_since = None;
+        self.replica.next_apply(now)
+    }
+}
+
 impl Shared {
     fn now(&self) -> Time {
         self.started.elapsed()
@@ -230,12 +265,12 @@ impl Shared {
                 said.push((sink.clone(), message));
             }
         }
+        if state.begins_to_have_apply(now) {
+            self.apply_work.notify_one();
+        }
         let replica = &state.replica;
         if replica.has_group() {
             self.journal_work.notify_one();
-        }
-        if replica.has_apply(now) {
-            self.apply_work.notify_one();
         }
         if replica.has_metadata(now) || replica.metadata_due_at().is_some() {
             self.metadata_work.notify_one();
@@ -252,22 +287,28 @@ impl Shared {
         }
     }
 
-    /// Waits until `take` has a job; `None` when the replica stops.
-    fn next_job<J>(&self, work: &Condvar, take: impl Fn(&mut Replica, Time) -> Option<J>) -> Option<J> {
+    /// Waits until `take` has a job, which it may have at `due` although nothing happens until then; `None` when the
+    /// replica stops.
+    fn next_job<J>(
+        &self,
+        work: &Condvar,
+        due: fn(&State) -> Option<Time>,
+        take: impl Fn(&mut State, Time) -> Option<J>,
+    ) -> Option<J> {
         let mut state = self.lock();
         loop {
             if state.stopping {
                 return None;
             }
             let now = self.now();
-            if let Some(job) = take(&mut state.replica, now) {
+            if let Some(job) = take(&mut state, now) {
                 return Some(job);
             }
             // A journal without room asks for a checkpoint.
             if state.replica.has_metadata(now) {
                 self.metadata_work.notify_one();
             }
-            let due_in = state.replica.metadata_due_at().map_or(IDLE_LOOK, |due| due.saturating_sub(now));
+            let due_in = due(&state).map_or(IDLE_LOOK, |due| due.saturating_sub(now));
             // It may be due and not possible yet: whoever makes it possible says so.
             let wait = due_in.clamp(LOOK_MIN, IDLE_LOOK);
             state = work.wait_timeout(state, wait).expect("no thread panicked with the lock").0;
@@ -307,7 +348,7 @@ impl Shared {
 
 fn write_journal(shared: &Shared) {
     let mut buffer = AlignedBuffer::with_capacity(0);
-    while let Some(job) = shared.next_job(&shared.journal_work, |r, _| r.next_group()) {
+    while let Some(job) = shared.next_job(&shared.journal_work, |_| None, |state, _| state.replica.next_group()) {
         let outcome = shared.write_group(&job, &mut buffer);
         shared.report("writing the journal", &outcome);
         // The payloads are kept by the state machine until they are applied.
@@ -317,7 +358,7 @@ fn write_journal(shared: &Shared) {
 }
 
 fn apply_changes(shared: &Shared) {
-    while let Some(job) = shared.next_job(&shared.apply_work, Replica::next_apply) {
+    while let Some(job) = shared.next_job(&shared.apply_work, State::apply_due_at, State::next_apply) {
         let outcome = carry_out::apply(&shared.image, &job);
         let result = outcome.as_ref().copied().map_err(carry_out::job_error);
         if result == Err(JobError::Failed) {
@@ -328,7 +369,10 @@ fn apply_changes(shared: &Shared) {
 }
 
 fn write_metadata(shared: &Shared) {
-    while let Some(job) = shared.next_job(&shared.metadata_work, Replica::next_metadata) {
+    let metadata_due_at = |state: &State| state.replica.metadata_due_at();
+    while let Some(job) =
+        shared.next_job(&shared.metadata_work, metadata_due_at, |state, now| state.replica.next_metadata(now))
+    {
         let outcome = carry_out::write_metadata(&shared.files, &shared.image, &job);
         let result = match outcome {
             Ok(()) => Ok(()),
@@ -350,12 +394,13 @@ enum ReadWork {
 }
 
 fn serve_reads(shared: &Shared) {
-    let take = |r: &mut Replica, _: Time| {
+    let take = |state: &mut State, _: Time| {
+        let r = &mut state.replica;
         let read = r.next_read().map(ReadWork::Image);
         let fetch = read.or_else(|| r.next_fetch().map(ReadWork::Journal));
         fetch.or_else(|| r.next_extend().map(ReadWork::Room))
     };
-    while let Some(work) = shared.next_job(&shared.read_work, take) {
+    while let Some(work) = shared.next_job(&shared.read_work, |_| None, take) {
         match work {
             ReadWork::Image(job) => {
                 let outcome = shared.image.read(job.what, job.range);

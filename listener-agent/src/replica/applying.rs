@@ -13,6 +13,8 @@ use crate::image::Trust;
 
 const APPLY_BATCH_RECORDS_MAX: usize = 128;
 const APPLY_BATCH_BYTES_MAX: u64 = 4 << 20;
+/// With so much payload durable but not applied, bytes, there is nothing to be gained from letting more come together.
+const UNHURRIED_BYTES_MAX: u64 = 256 << 10;
 
 /// What is being applied.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +42,18 @@ impl Replica {
             && self.condition != Condition::Poisoned
             && !self.turn.as_ref().is_some_and(|turn| turn.writing)
             && self.due().is_some()
+    }
+
+    /// Whether somebody waits for what [`Replica::next_apply`] has to do, or much has come together. If not, it is better
+    /// done later and with more at once; but soon, as it bounds the work of whoever comes to wait for it.
+    #[must_use]
+    pub fn is_apply_urgent(&self) -> bool {
+        self.unapplied_bytes >= UNHURRIED_BYTES_MAX
+            || self.reads.has_waiting()
+            || self.copies.has_waiting()
+            || self.turn.is_some()
+            || self.checkpoint_due
+            || self.closing
     }
 
     /// The last record that may be applied: durable, and not behind a copy that was received before it.

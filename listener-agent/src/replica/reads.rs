@@ -77,6 +77,10 @@ impl ReadQueue {
         self.ready.extend(std::mem::take(&mut self.waiting).into_values().flatten());
     }
 
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub(super) fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
