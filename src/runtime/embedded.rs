@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -11,10 +11,11 @@ use listener_agent::directory::DirectoryError;
 use listener_agent::host::{Reach, ReplicaHost, Session};
 use protocol::ToAgent;
 use protocol::message::Hello;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinHandle};
 
-use super::seat::Seat;
+use super::seat::{Outgoing, Seat};
 
 const REOPEN_AFTER: Duration = Duration::from_millis(100);
 /// Records handed over at a time, bytes.
@@ -34,6 +35,10 @@ struct Shared {
     host: Mutex<Option<Arc<ReplicaHost>>>,
     session: Mutex<Option<Arc<Session>>>,
     pump: Mutex<Pump>,
+    /// A task waits with what need not go at once.
+    knows_later: AtomicBool,
+    /// Threads outside of the runtime hand over messages too.
+    runtime: Handle,
     /// Counts the sessions: what an earlier one still says is not heard.
     generation: AtomicU64,
     disconnect: Notify,
@@ -82,6 +87,8 @@ impl EmbeddedLink {
             host: Mutex::default(),
             session: Mutex::default(),
             pump: Mutex::default(),
+            knows_later: AtomicBool::new(false),
+            runtime: Handle::current(),
             generation: AtomicU64::new(0),
             disconnect: Notify::new(),
             seat: OnceLock::new(),
@@ -108,59 +115,14 @@ impl EmbeddedLink {
 
     /// Hands over what the volume has for the replica, unless another thread is at it and will see to it.
     pub(super) fn pump(&self) {
-        let Some(seat) = self.shared.seat.get() else { return };
-        {
-            let mut pump = locked(&self.shared.pump);
-            pump.again = true;
-            if pump.running {
-                return;
-            }
-            pump.running = true;
-        }
-        loop {
-            locked(&self.shared.pump).again = false;
-            let messages = seat.take_outbox(BATCH_BYTES).unwrap_or_default();
-            if !messages.is_empty() {
-                self.hand_over(messages);
-                continue;
-            }
-            let mut pump = locked(&self.shared.pump);
-            if !pump.again {
-                pump.running = false;
-                return;
-            }
-        }
+        self.shared.pump();
     }
 
-    fn hand_over(&self, messages: Vec<ToAgent>) {
-        let mut messages = messages.into_iter().peekable();
-        if let Some(ToAgent::Hello(hello)) = messages.peek() {
-            let hello = hello.clone();
-            messages.next();
-            self.open_session(&hello);
+    /// As [`EmbeddedLink::pump`], for what need not go at once.
+    pub(super) fn wake_later(&self) {
+        if !self.shared.knows_later.load(Ordering::SeqCst) {
+            self.shared.pump();
         }
-        let session = locked(&self.shared.session).clone();
-        if let Some(session) = session {
-            session.send(messages);
-        }
-    }
-
-    fn open_session(&self, hello: &Hello) {
-        let Some(host) = locked(&self.shared.host).clone() else { return };
-        let generation = self.shared.generation.load(Ordering::SeqCst);
-        let shared = Arc::downgrade(&self.shared);
-        let session = host.open_session(
-            hello.engine,
-            Arc::new(move |message| {
-                let Some(shared) = shared.upgrade() else { return };
-                let current = shared.generation.load(Ordering::SeqCst) == generation;
-                if let Some(seat) = shared.seat.get().filter(|_| current) {
-                    seat.received([message]);
-                }
-            }),
-        );
-        let earlier = locked(&self.shared.session).replace(Arc::new(session));
-        drop(earlier);
     }
 
     /// Lets go of the files that are open, if any, to open those that are in the directory now.
@@ -183,6 +145,79 @@ impl EmbeddedLink {
         drop(session);
         let host = locked(&self.shared.host).take();
         tokio::task::spawn_blocking(move || host.is_none_or(|host| host.close(deadline)))
+    }
+}
+
+impl Shared {
+    /// Hands over what the volume has for the replica, unless another thread is at it and will see to it.
+    fn pump(self: &Arc<Self>) {
+        let Some(seat) = self.seat.get() else { return };
+        {
+            let mut pump = locked(&self.pump);
+            pump.again = true;
+            if pump.running {
+                return;
+            }
+            pump.running = true;
+        }
+        loop {
+            locked(&self.pump).again = false;
+            match seat.take_outbox(BATCH_BYTES) {
+                Some(Outgoing::Messages(messages)) => {
+                    self.hand_over(messages);
+                    continue;
+                }
+                Some(Outgoing::Later(wait)) => self.pump_after(wait),
+                Some(Outgoing::Nothing) | None => {}
+            }
+            let mut pump = locked(&self.pump);
+            if !pump.again {
+                pump.running = false;
+                return;
+            }
+        }
+    }
+
+    fn pump_after(self: &Arc<Self>, wait: Duration) {
+        if !self.knows_later.swap(true, Ordering::SeqCst) {
+            let this = self.clone();
+            self.runtime.spawn(async move {
+                tokio::time::sleep(wait).await;
+                this.knows_later.store(false, Ordering::SeqCst);
+                this.pump();
+            });
+        }
+    }
+
+    fn hand_over(self: &Arc<Self>, messages: Vec<ToAgent>) {
+        let mut messages = messages.into_iter().peekable();
+        if let Some(ToAgent::Hello(hello)) = messages.peek() {
+            let hello = hello.clone();
+            messages.next();
+            self.open_session(&hello);
+        }
+        let session = locked(&self.session).clone();
+        if let Some(session) = session {
+            session.send(messages);
+        }
+    }
+
+    fn open_session(self: &Arc<Self>, hello: &Hello) {
+        let Some(host) = locked(&self.host).clone() else { return };
+        let generation = self.generation.load(Ordering::SeqCst);
+        let shared = Arc::downgrade(self);
+        let session = host.open_session(
+            hello.engine,
+            Arc::new(move |message| {
+                let Some(shared) = shared.upgrade() else { return };
+                let current = shared.generation.load(Ordering::SeqCst) == generation;
+                if let Some(seat) = shared.seat.get().filter(|_| current) {
+                    seat.received([message]);
+                }
+            }),
+        );
+        let earlier = locked(&self.session).replace(Arc::new(session));
+        drop(earlier);
     }
 }
 

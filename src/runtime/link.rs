@@ -14,7 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::dial::{Reader, Trouble, Way, Writer};
-use super::seat::Seat;
+use super::seat::{Outgoing, Seat};
 
 const REDIAL_MIN: Duration = Duration::from_millis(50);
 const REDIAL_MAX: Duration = Duration::from_secs(1);
@@ -25,6 +25,8 @@ const BATCH_BYTES: u64 = 1 << 20;
 struct Signals {
     /// The volume has something for the agent.
     news: Notify,
+    /// It is known that it has something that need not go at once.
+    knows_later: AtomicBool,
     /// The volume wants the connection closed.
     disconnect: Notify,
     /// The engine stops: what is left is written, then the connection ends.
@@ -51,6 +53,13 @@ impl AgentLink {
 
     pub(super) fn wake(&self) {
         self.signals.news.notify_one();
+    }
+
+    /// As [`AgentLink::wake`], for what need not go at once.
+    pub(super) fn wake_later(&self) {
+        if !self.signals.knows_later.load(Ordering::SeqCst) {
+            self.signals.news.notify_one();
+        }
     }
 
     pub(super) fn disconnect(&self) {
@@ -144,13 +153,17 @@ impl Dialer {
     async fn write(&self, mut writer: Writer) -> Result<(), ConnectionError> {
         loop {
             let finishing = self.signals.finishing.load(Ordering::SeqCst);
-            let Some(messages) = self.seat.take_outbox(BATCH_BYTES) else { return Ok(writer.shutdown().await?) };
-            if !messages.is_empty() {
-                write_frames(&mut writer, messages.iter().map(frame_to_agent).collect()).await?;
-            } else if finishing {
-                return Ok(writer.shutdown().await?);
-            } else {
-                self.signals.news.notified().await;
+            match self.seat.take_outbox(BATCH_BYTES) {
+                Some(Outgoing::Messages(messages)) => {
+                    write_frames(&mut writer, messages.iter().map(frame_to_agent).collect()).await?;
+                }
+                Some(Outgoing::Later(wait)) => {
+                    self.signals.knows_later.store(true, Ordering::SeqCst);
+                    let _ = tokio::time::timeout(wait, self.signals.news.notified()).await;
+                    self.signals.knows_later.store(false, Ordering::SeqCst);
+                }
+                Some(Outgoing::Nothing) if !finishing => self.signals.news.notified().await,
+                Some(Outgoing::Nothing) | None => return Ok(writer.shutdown().await?),
             }
         }
     }

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use listener_agent::directory::DirectoryError;
 use protocol::{ReplicaName, ToAgent, ToEngine};
@@ -19,7 +20,7 @@ use crate::config::{ReplicaConfig, ReplicaPlace};
 use crate::volume::{PeerId, Time, Volume};
 
 /// What a replica in this process needs beyond its deadline to be closed, if it keeps it.
-const CLOSE_GRACE: std::time::Duration = std::time::Duration::from_millis(100);
+const CLOSE_GRACE: Duration = Duration::from_millis(100);
 
 /// Where a link speaks for its replica.
 pub(super) struct Seat {
@@ -67,10 +68,27 @@ impl Seat {
     }
 
     /// What the volume has for the replica; `None` if nobody speaks for it any more.
-    pub(super) fn take_outbox(&self, bytes_max: u64) -> Option<Vec<ToAgent>> {
-        let volume = self.volume.upgrade()?;
-        volume.peek(|volume| (!self.is_vacated()).then(|| volume.take_outbox(self.peer, bytes_max)))
+    pub(super) fn take_outbox(&self, bytes_max: u64) -> Option<Outgoing> {
+        let task = self.volume.upgrade()?;
+        task.peek(|volume| {
+            let now = task.now();
+            let outgoing = || match volume.outbox_due(now, self.peer) {
+                None => Outgoing::Nothing,
+                Some(due) if due <= now => Outgoing::Messages(volume.take_outbox(self.peer, bytes_max)),
+                Some(due) => Outgoing::Later(due - now),
+            };
+            (!self.is_vacated()).then(outgoing)
+        })
     }
+}
+
+/// What a volume has for a replica.
+pub(super) enum Outgoing {
+    Nothing,
+    /// At least one, in order.
+    Messages(Vec<ToAgent>),
+    /// After this time, with what comes until then.
+    Later(Duration),
 }
 
 /// How a replica is reached.
@@ -131,6 +149,14 @@ impl Slot {
         match &self.link {
             Link::Agent(link) => link.wake(),
             Link::Embedded(link) => link.pump(),
+        }
+    }
+
+    /// The volume has something for the replica that need not go at once.
+    pub(super) fn wake_later(&self) {
+        match &self.link {
+            Link::Agent(link) => link.wake_later(),
+            Link::Embedded(link) => link.wake_later(),
         }
     }
 

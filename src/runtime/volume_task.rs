@@ -159,7 +159,7 @@ impl VolumeTask {
         self.core.lock().expect("no thread panicked with the lock")
     }
 
-    fn now(&self) -> Time {
+    pub(super) fn now(&self) -> Time {
         self.started.elapsed()
     }
 
@@ -179,10 +179,11 @@ impl VolumeTask {
 
     fn drive_core(&self, tell: impl FnOnce(&mut Core, Time)) {
         let (mut events, mut removed) = (Vec::new(), Vec::new());
-        let mut awake: u32 = 0;
+        let (mut awake, mut awake_later): (u32, u32) = (0, 0);
         let slots = {
             let mut core = self.lock();
-            tell(&mut core, self.now());
+            let now = self.now();
+            tell(&mut core, now);
             while let Some(event) = core.volume.poll_event() {
                 match event {
                     // At once, as the next replica may get its number.
@@ -191,7 +192,11 @@ impl VolumeTask {
                 }
             }
             for peer in 0..core.slots.len() {
-                awake |= u32::from(core.volume.has_outbox(peer)) << peer;
+                match core.volume.outbox_due(now, peer) {
+                    Some(due) if due <= now => awake |= 1 << peer,
+                    Some(_) => awake_later |= 1 << peer,
+                    None => {}
+                }
             }
             self.size_bytes.store(core.volume.size_bytes(), Ordering::Relaxed);
             core.slots.clone()
@@ -203,10 +208,11 @@ impl VolumeTask {
             self.retire(slot);
         }
         for (peer, slot) in slots.iter().enumerate() {
-            if awake & (1 << peer) != 0
-                && let Some(slot) = slot
-            {
+            let Some(slot) = slot else { continue };
+            if awake & (1 << peer) != 0 {
                 slot.wake();
+            } else if awake_later & (1 << peer) != 0 {
+                slot.wake_later();
             }
         }
     }

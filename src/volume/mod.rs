@@ -26,6 +26,7 @@ mod log;
 mod membership;
 mod notice;
 mod peer;
+mod precedence;
 mod rate;
 mod reads;
 mod refusal;
@@ -101,6 +102,8 @@ pub struct Volume<T> {
     log: Option<Log>,
     membership: Option<Membership>,
     peers: Vec<Peer>,
+    /// The members that get records at once.
+    front: Vec<PeerId>,
     record_payload_bytes_max: u32,
     journal_bytes_min: u64,
     write_acks: Acks<T>,
@@ -174,6 +177,7 @@ impl<T> Volume<T> {
             log: None,
             membership: None,
             peers,
+            front: Vec::new(),
             record_payload_bytes_max: RECORD_PAYLOAD_BYTES_MAX,
             journal_bytes_min: u64::MAX,
             write_acks: Acks::new(),
@@ -199,12 +203,6 @@ impl<T> Volume<T> {
     /// Takes messages for a peer's connection, in order, until `bytes_max` of records are taken.
     pub fn take_outbox(&mut self, peer: PeerId, bytes_max: u64) -> Vec<ToAgent> {
         self.peers[peer].take(self.log.as_ref(), bytes_max)
-    }
-
-    /// Whether [`Volume::take_outbox`] would give anything.
-    #[must_use]
-    pub fn has_outbox(&self, peer: PeerId) -> bool {
-        self.peers[peer].has_output(self.log.as_ref())
     }
 
     fn is_dead(&self) -> bool {
@@ -534,6 +532,7 @@ impl<T> Volume<T> {
             self.advance_resync(now);
             self.advance_resizing(now);
             self.trim(now);
+            self.choose_front();
             self.give_out(now);
         }
     }

@@ -294,6 +294,11 @@ impl Peer {
         taken
     }
 
+    /// Whether [`Peer::take`] would give anything but records, or must not give only these.
+    pub(super) fn has_messages(&self) -> bool {
+        !self.urgent.is_empty() || !self.queued.is_empty()
+    }
+
     /// Whether [`Peer::take`] would give anything.
     pub(super) fn has_output(&self, log: Option<&Log>) -> bool {
         !self.urgent.is_empty()

@@ -164,10 +164,11 @@ impl World {
         if !self.engines[engine].alive {
             return;
         }
+        let now = self.engine_now(engine);
         for peer in 0..self.setup.replicas {
             let Some(conn) = self.engines[engine].conns[peer] else { continue };
             while self.conns.get(&conn).is_some_and(|c| !c.is_congested(self.setup.in_flight_max))
-                && self.engines[engine].volume.has_outbox(peer)
+                && self.engines[engine].volume.outbox_due(now, peer).is_some_and(|due| due <= now)
             {
                 for message in self.engines[engine].volume.take_outbox(peer, 16 << 10) {
                     self.note_record(engine, &message);
