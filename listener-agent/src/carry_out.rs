@@ -54,7 +54,11 @@ pub fn prepare_image(image: &Image, job: &MetadataJob) -> Result<(), MetadataErr
     if let Some(growth) = job.grow {
         image.grow(growth.from, growth.to).map_err(retry)?;
     }
-    if job.sync_image { image.sync().map_err(fatal) } else { Ok(()) }
+    if !job.sync_image {
+        return Ok(());
+    }
+    image.write_back().map_err(retry)?;
+    image.sync().map_err(fatal)
 }
 
 /// The second step: the pages that the superblock will count on.

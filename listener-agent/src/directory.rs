@@ -201,6 +201,8 @@ pub struct NewReplica {
 pub struct OpenReplica {
     /// Its files. The superblock is locked as long as they are open.
     pub files: ReplicaFiles,
+    /// The image with all records applied, some of it in memory alone.
+    pub image: Image,
     /// The superblock written for this opening, brought up to `durable`.
     pub superblock: Superblock,
     /// The journal.
@@ -493,7 +495,7 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     superblock.write_count += 1;
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
-    Ok(OpenReplica { files, superblock, ring: recovered.ring, durable, dirty })
+    Ok(OpenReplica { files, image, superblock, ring: recovered.ring, durable, dirty })
 }
 
 #[cfg(test)]
@@ -544,7 +546,8 @@ mod tests {
         let position = Position { epoch: Epoch(1), seq: Seq(1) };
         let range = ByteRange { offset: 8192, length: 4096 };
         let record = protocol::Record::new(position, protocol::RecordKind::Write, range, vec![9; 4096].into());
-        Image::new(&opened.files).apply(&record, Trust::Verified).unwrap();
+        opened.image.apply(&record, Trust::Verified).unwrap();
+        opened.image.write_back().unwrap();
         drop(opened);
         open(&dir).expect("it is the device that was written");
         name_device(&other);

@@ -13,7 +13,7 @@ use protocol::extents::{self, Allocation, EXTENTS_MAX, Extent};
 use protocol::ranges::ByteRange;
 
 use crate::disk::RawFile;
-use crate::image::{CHECKSUM_BYTES, checksum_file_bytes};
+use crate::image::{CHECKSUM_BYTES, checksum_file_bytes, checksums_of};
 
 /// What one answer may cost: records wait for it that share a block with its range.
 #[derive(Clone, Copy, Debug)]
@@ -151,11 +151,6 @@ impl Survey<'_> {
 }
 
 const CHECKSUM: usize = CHECKSUM_BYTES as usize;
-
-/// The checksums of whole blocks.
-fn checksums_of(blocks: ByteRange) -> ByteRange {
-    ByteRange { offset: checksum_file_bytes(blocks.offset), length: checksum_file_bytes(blocks.length) }
-}
 
 /// The blocks of which any byte of the checksums lies in a range of their file.
 fn blocks_of(checksums: ByteRange) -> ByteRange {

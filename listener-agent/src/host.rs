@@ -100,7 +100,7 @@ impl ReplicaHost {
             metadata_work: Condvar::new(),
             read_work: Condvar::new(),
             closed: Condvar::new(),
-            image: Image::new(&opened.files),
+            image: opened.image,
             files: opened.files,
             started: begun,
             label,

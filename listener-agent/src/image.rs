@@ -2,7 +2,9 @@
 //!
 //! The image holds the volume's bytes and nothing else, so that it can be mounted without nbdcast. Beside it lies one
 //! checksum per 4 KiB block. Both are written through the page cache and become durable at a checkpoint; in between, the
-//! journal can repair any block that was touched.
+//! journal can repair any block that was touched. Checksums are therefore kept in memory until then
+//! ([`crate::disk::write_back`]), and die with the process, but for those that no journal has: of copies, and of blocks that
+//! are known to be bad.
 //!
 //! **Invariant:** callers never apply to and read from the same block at the same time (see
 //! [`crate::replica::Replica::next_apply`]); each block's bytes and checksum then always match unless the disk lied.
@@ -18,17 +20,25 @@ use protocol::message::{Copy, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Record, RecordKind};
 
+use crate::disk::write_back::WriteBack;
 use crate::disk::{RawFile, ReplicaFiles};
 use crate::extents::{Budget, Survey};
 
 /// Bytes of a stored checksum.
 pub(crate) const CHECKSUM_BYTES: u64 = 4;
 const BLOCK: usize = BLOCK_BYTES as usize;
+/// Pages of checksums kept in memory: 8 MiB, for 8 GiB of the image.
+const CHECKSUM_PAGES_MAX: usize = 2048;
 
 /// Bytes of the checksum file of a volume of `size_bytes`.
 #[must_use]
 pub fn checksum_file_bytes(size_bytes: u64) -> u64 {
     size_bytes / BLOCK_BYTES * CHECKSUM_BYTES
+}
+
+/// The checksums of whole blocks.
+pub(crate) fn checksums_of(blocks: ByteRange) -> ByteRange {
+    ByteRange { offset: checksum_file_bytes(blocks.offset), length: checksum_file_bytes(blocks.length) }
 }
 
 /// What a file can be long, and room to round.
@@ -54,14 +64,14 @@ pub enum Trust {
 #[derive(Clone)]
 pub struct Image {
     image: Arc<dyn RawFile>,
-    checksums: Arc<dyn RawFile>,
+    checksums: Arc<WriteBack>,
     /// A sync failed: the system may have thrown away what was written since the one before. The journal has it, and the
     /// replay after a restart repairs it; until then no block is called bad for that.
     sync_failed: Arc<AtomicBool>,
 }
 
 impl Image {
-    /// Works on the image and checksum files of a replica.
+    /// Works on the image and checksum files of a replica. Of two that do, one does not see all that the other did.
     #[must_use]
     pub fn new(files: &ReplicaFiles) -> Image {
         Image::of(files.image.clone(), files.checksums.clone())
@@ -69,6 +79,7 @@ impl Image {
 
     /// As [`Image::new`], with nothing but the two files.
     pub(crate) fn of(image: Arc<dyn RawFile>, checksums: Arc<dyn RawFile>) -> Image {
+        let checksums = Arc::new(WriteBack::new(checksums, CHECKSUM_PAGES_MAX));
         Image { image, checksums, sync_failed: Arc::default() }
     }
 
@@ -89,18 +100,25 @@ impl Image {
         self.checksums.zero_range(checksum_file_bytes(from), checksum_file_bytes(length), false)
     }
 
-    /// Puts bytes that another replica holds: whole blocks, all zero if no data is given.
+    /// Puts bytes that another replica holds: whole blocks, all zero if no data is given. No journal repairs them, so that
+    /// they must outlive the process as they are.
     pub fn copy(&self, copy: &Copy) -> io::Result<()> {
         if copy.data.is_empty() {
-            self.zero(copy.range, false, Trust::InDoubt)
+            self.zero(copy.range, false, Trust::InDoubt)?;
         } else {
-            self.write(copy.range.offset, &copy.data, Trust::InDoubt)
+            self.write(copy.range.offset, &copy.data, Trust::InDoubt)?;
         }
+        self.checksums.write_back_in(checksums_of(copy.range))
     }
 
-    /// Makes everything applied durable.
+    /// Hands to the system what is in memory alone. If there is no space for it, this can be tried again.
+    pub fn write_back(&self) -> io::Result<()> {
+        self.checksums.write_back()
+    }
+
+    /// Makes everything durable that was applied before the last [`Image::write_back`] began.
     pub fn sync(&self) -> io::Result<()> {
-        let outcome = self.image.sync().and_then(|()| self.checksums.sync());
+        let outcome = self.image.sync().and_then(|()| self.checksums.sync_written());
         self.sync_failed.fetch_or(outcome.is_err(), Ordering::SeqCst);
         outcome
     }
@@ -175,7 +193,10 @@ impl Image {
                 kept.to_le_bytes()
             })
             .collect();
-        self.checksums.write_at(offset / BLOCK_BYTES * CHECKSUM_BYTES, &checksums)
+        let range = checksums_of(ByteRange { offset, length: blocks.len() as u64 });
+        self.checksums.write_at(range.offset, &checksums)?;
+        // The journal cannot tell which blocks were bad when the process died.
+        if broken.is_empty() { Ok(()) } else { self.checksums.write_back_in(range) }
     }
 
     fn zero(&self, range: ByteRange, keep_allocated: bool, trust: Trust) -> io::Result<()> {
@@ -262,19 +283,26 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     struct Fixture {
-        _dir: tempfile::TempDir,
+        dir: tempfile::TempDir,
         image: Image,
     }
 
     fn fixture() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
-        let open = |name: &str, bytes: u64| -> Arc<dyn RawFile> {
-            let path = dir.path().join(name);
-            std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
-            Arc::new(SystemFile::open(&path, Caching::Buffered).unwrap())
-        };
-        let image = Image::of(open("i", SIZE), open("c", checksum_file_bytes(SIZE)));
-        Fixture { _dir: dir, image }
+        for (name, bytes) in [("i", SIZE), ("c", checksum_file_bytes(SIZE))] {
+            std::fs::File::create(dir.path().join(name)).unwrap().set_len(bytes).unwrap();
+        }
+        Fixture { image: open(&dir), dir }
+    }
+
+    fn open(dir: &tempfile::TempDir) -> Image {
+        let open = |name| Arc::new(SystemFile::open(&dir.path().join(name), Caching::Buffered).unwrap());
+        Image::of(open("i"), open("c"))
+    }
+
+    /// The process dies, and another comes.
+    fn die(f: Fixture) -> Fixture {
+        Fixture { image: open(&f.dir), dir: f.dir }
     }
 
     fn record(kind: RecordKind, offset: u64, length: u64, payload: Vec<u8>) -> Record {
@@ -370,5 +398,43 @@ mod tests {
         }
         f.image.apply(&write(4096, &[2; 4096]), Trust::InDoubt).unwrap();
         assert!(matches!(f.image.read(ReadKind::Data, all), ReadOutcome::Data { .. }));
+    }
+
+    #[test]
+    fn checksums_of_records_die_with_the_process_unless_they_were_written_back() {
+        let all = ByteRange { offset: 0, length: 8192 };
+        for is_written_back in [false, true] {
+            let f = fixture();
+            let record = write(0, &[1; 8192]);
+            f.image.apply(&record, Trust::Verified).unwrap();
+            if is_written_back {
+                f.image.write_back().unwrap();
+            }
+            let f = die(f);
+            assert_eq!(f.image.read_verified(all).unwrap().is_ok(), is_written_back);
+            f.image.apply(&record, Trust::InDoubt).unwrap();
+            assert_eq!(read(&f, 0, 8192), [1; 8192][..], "the journal brings them back");
+        }
+    }
+
+    #[test]
+    fn what_no_journal_knows_outlives_the_process() {
+        let f = fixture();
+        f.image.apply(&write(0, &[1; 65_536]), Trust::Verified).unwrap();
+        f.image.write_back().unwrap();
+        f.image.image.write_at(5000, &[9]).unwrap();
+        let partial = write(4096, &[2; 512]);
+        f.image.apply(&partial, Trust::Verified).unwrap();
+        let data = Bytes::from(vec![3; 8192]);
+        f.image.copy(&Copy { id: 1, range: ByteRange { offset: 8192, length: 8192 }, data }).unwrap();
+        f.image.copy(&Copy { id: 2, range: ByteRange { offset: 20_480, length: 4096 }, data: Bytes::new() }).unwrap();
+
+        let f = die(f);
+        assert_eq!(read(&f, 8192, 16_384), [&[3; 8192][..], &[1; 4096], &[0; 4096]].concat(), "copies");
+        for _ in 0..2 {
+            let bad = f.image.read_verified(ByteRange { offset: 4096, length: 4096 }).unwrap();
+            assert_eq!(bad, Err(4096), "a block that was found bad is known to be, also to a replay");
+            f.image.apply(&partial, Trust::InDoubt).unwrap();
+        }
     }
 }

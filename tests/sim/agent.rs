@@ -41,7 +41,7 @@ pub struct Agent {
 /// A running agent.
 pub struct Process {
     pub replica: Replica,
-    image: Image,
+    pub image: Image,
     started: Time,
     jobs: BTreeMap<u64, Job>,
     next_job: u64,
@@ -183,7 +183,7 @@ impl World {
         let (life, durable) = (agent.life, opened.durable);
         let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
         let replica = Replica::new(superblock, ring, durable, dirty, Time::ZERO, false);
-        let image = Image::new(&agent.disk.files());
+        let image = opened.image;
         let jobs = BTreeMap::new();
         agent.process = Some(Process { replica, image, started: self.now, jobs, next_job: 0 });
         self.trace(|| format!("a{index} starts at {durable}"));

@@ -59,6 +59,8 @@ pub fn images(world: &mut World) {
 fn compare(world: &World, agent: usize, expected: &[u8]) {
     let at = &world.agents[agent];
     let found = at.disk.image.content();
+    let process = at.process.as_ref().expect("members run");
+    process.image.write_back().expect("its disk is well");
     let mut stored = vec![0; found.len() / BLOCK_BYTES as usize * 4];
     at.disk.checksums.read_at(0, &mut stored).unwrap();
     let blocks = found.chunks_exact(BLOCK_BYTES as usize).zip(expected.chunks_exact(BLOCK_BYTES as usize));

@@ -3,6 +3,7 @@
 
 pub mod aligned;
 pub mod file;
+pub mod write_back;
 
 use std::io;
 use std::sync::Arc;

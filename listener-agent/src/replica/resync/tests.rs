@@ -413,9 +413,8 @@ impl OnDisk {
 
     fn open(dir: &Path) -> OnDisk {
         let opened = directory::open(dir).unwrap();
-        let (files, superblock) = (opened.files, opened.superblock);
+        let (files, image, superblock) = (opened.files, opened.image, opened.superblock);
         let replica = Replica::new(superblock, opened.ring, opened.durable, opened.dirty, NOW, false);
-        let image = Image::new(&files);
         let mut on_disk = OnDisk { replica, files, image };
         on_disk.replica.open_session(1, A, NOW);
         on_disk.replica.handle(NOW, 1, promise(1, A));
