@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use protocol::quorum::AckPolicies;
-use protocol::ranges::ByteRange;
+use protocol::ranges::{ByteRange, merge_in_units};
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
 use serde::Serialize;
 
@@ -253,8 +253,9 @@ pub struct VerifyReport {
 
 const CHUNK_BYTES: u64 = 1 << 20;
 
-/// Compares every block of the replica in `dir` with its checksum. A replica that was not closed in good order may
-/// have blocks between two states; those that its journal repairs at the next start are not judged.
+/// Compares every block of the replica in `dir` with its checksum. Of a replica that was not closed in good order every
+/// block that was changed since the last checkpoint may differ from its checksum, which died with the process; its journal
+/// repairs these at the next start, and they are not judged.
 pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, InspectError> {
     let opened = open(dir)?;
     let image = Image::new(&opened.files);
@@ -264,21 +265,21 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyRe
     let mut repaired: Vec<ByteRange> = Vec::new();
     scan_journal(dir, &opened, &mut |record| {
         if record.seq() > checkpoint && record.header.length > 0 {
-            repaired.push(record.header.range().aligned(BLOCK_BYTES));
+            repaired.push(record.header.range());
         }
         Ok(())
     })?;
-    repaired.sort_unstable();
-    let in_journal = |block: ByteRange| {
-        let before = repaired.partition_point(|r| r.offset < block.end());
-        repaired[..before].iter().rev().any(|r| r.overlaps(block))
+    let repaired = merge_in_units(repaired, BLOCK_BYTES);
+    let in_journal = |range: ByteRange| {
+        let next = repaired.get(repaired.partition_point(|r| r.end() <= range.offset));
+        next.is_some_and(|r| r.overlaps(range))
     };
     let failed = |cause| InspectError::Image { path: dir.to_owned(), cause };
     let mut report = VerifyReport { blocks: size / BLOCK_BYTES, in_journal: 0, bad: Vec::new() };
     let mut offset = 0;
     while offset < size {
         let chunk = ByteRange { offset, length: CHUNK_BYTES.min(size - offset) };
-        if image.read_verified(chunk).map_err(failed)?.is_err() || repaired.iter().any(|r| r.overlaps(chunk)) {
+        if in_journal(chunk) || image.read_verified(chunk).map_err(failed)?.is_err() {
             for offset in (chunk.offset..chunk.end()).step_by(BLOCK_BYTES as usize) {
                 let block = ByteRange { offset, length: BLOCK_BYTES };
                 if in_journal(block) {

@@ -199,8 +199,14 @@ fn verify_directory(dir: &Path) -> Result<(), Failure> {
 
 fn verdict(dir: &Path, report: &VerifyReport) -> Result<(), Failure> {
     let (dir, blocks, bad) = (dir.display(), report.blocks, report.bad.len());
+    if report.in_journal > 0 {
+        say(format_args!(
+            "{dir}: {} blocks not judged, as the journal repairs them at the next start",
+            report.in_journal
+        ))?;
+    }
     if bad == 0 {
-        return say(format_args!("{dir}: {blocks} blocks, all good"));
+        return say(format_args!("{dir}: {} blocks, all good", blocks - report.in_journal));
     }
     if let Some(more) = bad.checked_sub(BAD_BLOCKS_SHOWN).filter(|more| *more > 0) {
         say(format_args!("... and {more} more"))?;

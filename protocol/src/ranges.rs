@@ -55,7 +55,9 @@ pub fn merge(ranges: impl IntoIterator<Item = ByteRange>, count_max: usize) -> V
     merged
 }
 
-fn merge_in_units(ranges: impl IntoIterator<Item = ByteRange>, unit: u64) -> Vec<ByteRange> {
+/// Merges ranges, widened to whole units, where they touch each other: in ascending order.
+#[must_use]
+pub fn merge_in_units(ranges: impl IntoIterator<Item = ByteRange>, unit: u64) -> Vec<ByteRange> {
     let mut sorted: Vec<ByteRange> = ranges.into_iter().filter(|r| r.length > 0).map(|r| r.aligned(unit)).collect();
     sorted.sort_unstable();
     let mut merged: Vec<ByteRange> = Vec::new();
