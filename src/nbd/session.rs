@@ -18,6 +18,7 @@ use super::constants::{OPTION_DATA_BYTES_MAX, OPTION_HEADER_BYTES};
 use super::handshake::{Agreement, Handshake, HandshakeError, Offer, Progress, TlsMode, greeting};
 use super::intake::Intake;
 use super::outbox::Outbox;
+use super::pulse::Moment;
 use super::request::BadMagic;
 use super::server::Shared;
 use super::stream::Stream;
@@ -124,6 +125,8 @@ fn log_end(shared: &Shared, end: &SessionEnd) {
 /// A connection whose handshake is over.
 struct Negotiated {
     stream: Stream,
+    /// Before anything of the client was read.
+    begun: Moment,
     client: Client,
     agreement: Agreement,
     /// What was read beyond the handshake.
@@ -136,6 +139,7 @@ async fn negotiate(
     exports: &[Arc<dyn Backend>],
     shutdown: &watch::Receiver<bool>,
 ) -> Result<Negotiated, SessionEnd> {
+    let begun = Moment::now();
     let infos: Vec<ExportInfo> = exports.iter().map(|backend| backend.export()).collect();
     let (tls, config) = match &shared.tls {
         Tls::Off => (TlsMode::Off, None),
@@ -176,7 +180,7 @@ async fn negotiate(
             }
             Progress::Chosen(agreement) => {
                 let client = handshake.client().clone();
-                return Ok(Negotiated { stream, client, agreement, rest: input });
+                return Ok(Negotiated { stream, begun, client, agreement, rest: input });
             }
         }
     }
@@ -189,7 +193,7 @@ async fn transmit(
     exports: &[Arc<dyn Backend>],
     shutdown: watch::Receiver<bool>,
 ) -> SessionEnd {
-    let Negotiated { stream, client, agreement, rest } = negotiated;
+    let Negotiated { stream, begun, client, agreement, rest } = negotiated;
     let backend = Arc::clone(&exports[agreement.export]);
     if let Some(suppressed) = shared.log.pass() {
         tracing::info!(
@@ -207,7 +211,8 @@ async fn transmit(
     let outbox = Arc::new(Outbox::new(write, Arc::clone(&shared)));
     let closer = CloseOnDrop(Arc::clone(&outbox));
     let stall_timeout = shared.limits.stall_timeout;
-    let mut transmission = Transmission::new(intake, Arc::clone(&outbox), shared, shutdown.clone(), backend, agreement);
+    let mut transmission =
+        Transmission::new(intake, Arc::clone(&outbox), shared, shutdown.clone(), backend, agreement, begun);
     let serve = async {
         let end = tokio::select! {
             end = transmission.take_in_requests() => end,

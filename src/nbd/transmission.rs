@@ -44,6 +44,7 @@ pub(super) struct Transmission {
 }
 
 impl Transmission {
+    /// `settled_at` is when the handshake began at the latest: a client can hang up as soon as it knows of its end.
     pub(super) fn new(
         intake: Intake,
         outbox: Arc<Outbox>,
@@ -51,11 +52,11 @@ impl Transmission {
         shutdown: watch::Receiver<bool>,
         backend: Arc<dyn Backend>,
         agreement: Agreement,
+        settled_at: Moment,
     ) -> Self {
         let read_only = backend.export().read_only;
         let refusals = Refusals::default();
         let budget = shared.budget.share(shared.limits.connection_bytes_max);
-        let settled_at = Moment::now();
         Self {
             intake,
             outbox,
