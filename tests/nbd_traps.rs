@@ -4,7 +4,7 @@ mod nbd_support;
 
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_support::*;
@@ -106,6 +106,37 @@ fn trap_3_the_end_of_a_connection_is_seen_behind_more_than_the_sockets_hold() {
     volume.release();
     eventually("the old connection ends", || server.counters().connections_open == 0);
     assert_eq!(volume.log(), [Request::Flush]);
+}
+
+#[test]
+fn trap_3_the_end_of_a_connection_is_seen_behind_requests_that_each_wait_for_a_short_time() {
+    let (volume, server) = server_with_one_request_at_a_time();
+    let mut old = server.client("demo");
+    volume.hold();
+    let mut bytes: Vec<u8> = (0..100).flat_map(|cookie| request(FLUSH, 0, cookie, 0, 0)).collect();
+    bytes.extend(request(WRITE, 0, 100, 0, 3));
+    bytes.extend(b"old");
+    let much = [request(WRITE, 0, 101, 0, MIB).as_slice(), &[0x25; MIB as usize]].concat();
+    bytes.extend(much.repeat(20));
+    let stream = old.stream.try_clone().unwrap();
+    let sending = std::thread::spawn(move || {
+        old.send(&bytes);
+        // In both directions, its machine would also reset the connection at the next reply.
+        old.stream.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut released_at = Instant::now();
+    eventually("the end arrives", || {
+        if released_at.elapsed() >= Duration::from_millis(100) {
+            volume.release_one();
+            released_at = Instant::now();
+        }
+        end_has_arrived(&stream)
+    });
+    sending.join().unwrap();
+    assert!(volume.log().len() < 50, "long before they are through");
+    volume.release();
+    eventually("the old connection ends", || server.counters().connections_open == 0);
+    assert!(!volume.log().iter().any(|request| matches!(request, Request::Write { .. })));
 }
 
 #[test]

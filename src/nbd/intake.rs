@@ -4,14 +4,16 @@
 //! Understands no request. Reads ahead of what is asked for when somebody has to know whether the connection has ended:
 //! a peer's machine keeps the end back until there is room for all that comes before it.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
 use super::budget::Loan;
+use super::patience::Patience;
 use super::pulse::Moment;
 use super::stream::ReadHalf;
 
@@ -23,10 +25,11 @@ const SMALL_PAYLOAD_BYTES_MAX: usize = BUFFER_BYTES / 2;
 /// The buffer when it is read ahead: more than the sockets of both machines hold, as Linux limits them by default (32 MiB
 /// for the receiver and 4 MiB for the sender).
 const READ_AHEAD_BYTES_MAX: usize = 40 << 20;
-/// A request may have to wait for so long before it is read ahead of it; less than clients wait before they ask
-/// elsewhere.
+/// Requests may have to wait for so long, one after another, before it is read ahead of them; less than clients wait
+/// before they ask elsewhere.
 const READ_AHEAD_DELAY: Duration = Duration::from_millis(250);
-/// A peer that has sent nothing for so long, with room for it, has nothing to send and has not hung up.
+/// A peer that has sent nothing for so long, with room for it, has nothing to send and has not hung up. Neither has one
+/// that sends a little now and then: what is left behind on the way to an end comes as fast as the network takes it.
 const SILENCE: Duration = Duration::from_millis(200);
 
 /// How a read went.
@@ -46,6 +49,8 @@ pub(super) struct Intake {
     end: usize,
     /// Pays for what the buffer is longer than usual.
     loan: Loan,
+    /// When everything was read that had come.
+    caught_up_at: Instant,
     /// How the stream ended, behind what is in the buffer.
     ended: Option<io::Result<()>>,
 }
@@ -55,7 +60,7 @@ impl Intake {
     pub(super) fn new(stream: ReadHalf, already_read: &[u8], loan: Loan) -> Self {
         let mut buffer = vec![0; BUFFER_BYTES.max(already_read.len())].into_boxed_slice();
         buffer[..already_read.len()].copy_from_slice(already_read);
-        Self { stream, buffer, start: 0, end: already_read.len(), loan, ended: None }
+        Self { stream, buffer, start: 0, end: already_read.len(), loan, caught_up_at: Instant::now(), ended: None }
     }
 
     /// Takes the next `N` bytes, if they are here.
@@ -84,15 +89,24 @@ impl Intake {
         if let Some(ended) = &mut self.ended {
             return std::mem::replace(ended, Ok(())).map(|()| Fill::EndOfStream);
         }
-        if self.start == self.end && self.buffer.len() > BUFFER_BYTES {
-            self.buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
-            self.loan.pay_back();
-            (self.start, self.end) = (0, 0);
-        }
+        self.give_back_room();
         self.move_to_front();
-        let read_bytes = self.stream.read(&mut self.buffer[self.end..]).await?;
+        let read = self.stream.read(&mut self.buffer[self.end..]);
+        let read_bytes = noting_when_caught_up(&mut self.caught_up_at, read).await?;
         self.end += read_bytes;
         Ok(if read_bytes == 0 { Fill::EndOfStream } else { Fill::Read })
+    }
+
+    /// Gives back what was borrowed, if what is buffered fits without it.
+    fn give_back_room(&mut self) {
+        let rest_bytes = self.buffered_bytes();
+        if self.buffer.len() > BUFFER_BYTES && rest_bytes <= SMALL_PAYLOAD_BYTES_MAX {
+            let mut buffer = vec![0; BUFFER_BYTES].into_boxed_slice();
+            buffer[..rest_bytes].copy_from_slice(&self.buffer[self.start..self.end]);
+            self.buffer = buffer;
+            (self.start, self.end) = (0, rest_bytes);
+            self.loan.pay_back();
+        }
     }
 
     fn move_to_front(&mut self) {
@@ -103,11 +117,12 @@ impl Intake {
         }
     }
 
-    /// Waits for something else. If that takes long, reads ahead meanwhile, so that the end of the connection is seen
-    /// when it comes.
+    /// Waits for something else. If this and the waits before it take long, reads ahead meanwhile, so that the end of the
+    /// connection is seen when it comes.
     pub(super) async fn read_ahead_during<T>(&mut self, wait: impl Future<Output = T>) -> T {
         let mut wait = pin!(wait);
-        if let Ok(done) = tokio::time::timeout(READ_AHEAD_DELAY, &mut wait).await {
+        let delay = READ_AHEAD_DELAY.saturating_sub(self.caught_up_at.elapsed());
+        if let Ok(done) = tokio::time::timeout(delay, &mut wait).await {
             return done;
         }
         while self.can_read_ahead() {
@@ -120,15 +135,20 @@ impl Intake {
         wait.await
     }
 
-    /// Reads ahead until the connection has ended, the peer is silent, or there is no room for more. Returns a moment
-    /// after which nothing came.
+    /// Reads ahead until the connection has ended, the peer is silent or almost, or there is no room for more. Returns
+    /// the moment when this began: if the process stood still since, it tells nothing.
     pub(super) async fn read_ahead_to_silence(&mut self) -> Moment {
-        loop {
-            let since = Moment::now();
-            if !self.can_read_ahead() || tokio::time::timeout(SILENCE, self.read_ahead()).await.is_err() {
-                return since;
+        let since = Moment::now();
+        let mut patience = Patience::new(SILENCE);
+        while self.can_read_ahead() {
+            let (buffered_bytes, waiting_since) = (self.buffered_bytes(), Instant::now());
+            if tokio::time::timeout(patience.left(), self.read_ahead()).await.is_err() {
+                break;
             }
+            patience.on_waited(waiting_since.elapsed());
+            patience.on_taken(self.buffered_bytes() - buffered_bytes);
         }
+        since
     }
 
     /// Whether there is more to read and room for it, which this makes if it can.
@@ -141,13 +161,13 @@ impl Intake {
         }
         let length = self.buffer.len();
         let longer = (2 * length).min(READ_AHEAD_BYTES_MAX);
-        // Room is rather made than found: moving few bytes of many again and again would take for ever.
+        // Moving many bytes again and again to make room for few would take for ever.
         if self.start < length / 2 && longer > length && self.loan.try_borrow(longer - length) {
             let mut buffer = vec![0; longer].into_boxed_slice();
             buffer[..self.buffered_bytes()].copy_from_slice(&self.buffer[self.start..self.end]);
             self.buffer = buffer;
             (self.start, self.end) = (0, self.buffered_bytes());
-        } else {
+        } else if self.start >= length / 4 {
             self.move_to_front();
         }
         self.end < self.buffer.len()
@@ -155,7 +175,8 @@ impl Intake {
 
     /// One read, for which there is room.
     async fn read_ahead(&mut self) {
-        match self.stream.read(&mut self.buffer[self.end..]).await {
+        let read = self.stream.read(&mut self.buffer[self.end..]);
+        match noting_when_caught_up(&mut self.caught_up_at, read).await {
             Ok(0) => self.ended = Some(Ok(())),
             Ok(read_bytes) => self.end += read_bytes,
             Err(error) => self.ended = Some(Err(error)),
@@ -181,6 +202,9 @@ impl Intake {
         let mut data = BytesMut::with_capacity(length);
         data.put_slice(&self.buffer[self.start..self.start + here]);
         self.start += here;
+        if data.len() < length {
+            self.give_back_room();
+        }
         while data.len() < length {
             if let Some(ended) = &mut self.ended {
                 std::mem::replace(ended, Ok(()))?;
@@ -188,7 +212,8 @@ impl Intake {
             }
             let filled = data.len();
             let mut room = (&mut data).limit(length - filled);
-            if unless_stalled(stall_timeout, self.stream.read_buf(&mut room)).await? == 0 {
+            let read = noting_when_caught_up(&mut self.caught_up_at, self.stream.read_buf(&mut room));
+            if unless_stalled(stall_timeout, read).await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
@@ -225,6 +250,19 @@ impl Intake {
 /// A client must send payloads at least this fast, beside [`super::Limits::stall_timeout`].
 const PAYLOAD_BYTES_PER_SECOND_MIN: usize = 256 * 1024;
 
+/// A read that has to wait has found all that had come.
+async fn noting_when_caught_up<T>(caught_up_at: &mut Instant, read: impl Future<Output = T>) -> T {
+    let mut read = pin!(read);
+    poll_fn(|cx| {
+        let progress = read.as_mut().poll(cx);
+        if progress.is_pending() {
+            *caught_up_at = Instant::now();
+        }
+        progress
+    })
+    .await
+}
+
 async fn unless_stalled<T>(stall_timeout: Duration, read: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(stall_timeout, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
@@ -232,7 +270,6 @@ async fn unless_stalled<T>(stall_timeout: Duration, read: impl Future<Output = i
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::future::poll_fn;
     use std::task::Poll;
 
     use crate::nbd::budget::Budget;
@@ -331,6 +368,48 @@ mod tests {
         assert_eq!(intake.take(), Some(*b"abcd"));
         drop(peer);
         assert_eq!(intake.fill().await.unwrap(), Fill::EndOfStream);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_trickles_is_almost_silent() {
+        let (mut intake, mut peer) = intake();
+        let trickling = tokio::spawn(async move {
+            let mut drops = tokio::time::interval(SILENCE / 4);
+            loop {
+                drops.tick().await;
+                peer.write_all(b"cdefgh").await.unwrap();
+            }
+        });
+        tokio::time::timeout(PATIENCE, intake.read_ahead_to_silence()).await.expect("it does not last for ever");
+        assert!(!intake.has_ended());
+        trickling.abort();
+    }
+
+    #[tokio::test]
+    async fn what_was_borrowed_comes_back_with_half_a_request_left() {
+        for left in [5, SMALL_PAYLOAD_BYTES_MAX + 5] {
+            let budget = Budget::new(1, 1);
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let (read, _write) = Stream::Unix(ours).split();
+            let mut intake = Intake::new(read, b"", budget.loan());
+            let sending = tokio::spawn(async move {
+                theirs.write_all(&patterned(5_000_000)).await.unwrap();
+                theirs
+            });
+            intake.read_ahead_to_silence().await;
+            let theirs = sending.await.unwrap();
+            let mut rest = patterned(5_000_000).split_off(5_000_000 - left);
+            intake.read_payload(5_000_000 - left, PATIENCE).await.unwrap();
+            let mut other = budget.loan();
+            assert!(!other.try_borrow(128 << 20), "much is buffered");
+            rest.push(b'x');
+            let mut reading = pin!(intake.read_payload(left + 1, PATIENCE));
+            assert!(poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx).is_pending())).await);
+            assert!(other.try_borrow(128 << 20), "it is only half a request that is waited for");
+            let mut theirs = theirs;
+            theirs.write_all(b"x").await.unwrap();
+            assert!(reading.await.unwrap() == rest);
+        }
     }
 
     #[tokio::test]

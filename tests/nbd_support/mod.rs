@@ -105,6 +105,17 @@ impl MemoryVolume {
         }
     }
 
+    /// Answers the first that was kept, if there is one.
+    pub fn release_one(&self) {
+        let first = {
+            let mut gate = self.gate.lock().unwrap();
+            (!gate.held.is_empty()).then(|| gate.held.remove(0))
+        };
+        if let Some((request, done)) = first {
+            done.complete(self.perform(request));
+        }
+    }
+
     /// As [`Self::release`], from many threads at once.
     pub fn release_from_many_threads(&self) {
         let mut held = {
