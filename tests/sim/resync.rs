@@ -39,6 +39,7 @@ impl World {
 fn a_dropped_replica_comes_back_and_only_what_changed_is_copied() {
     let mut w = serving(wide(100, AckPolicy::First));
     (0..32).for_each(|unit| w.change_unit(0, unit));
+    assert!(w.run_until(LONG, |w| w.engines[0].volume.snapshot(w.now).peers.iter().all(|p| p.lag_records == 0)));
     w.lose(0, 2);
     [3, 4, 9, 31].into_iter().for_each(|unit| w.change_unit(0, unit));
     w.start_agent(2);
