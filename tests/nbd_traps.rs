@@ -56,15 +56,24 @@ fn server_with_one_request_at_a_time() -> (std::sync::Arc<MemoryVolume>, Running
     (volume, server)
 }
 
+/// In one piece, so that the change is here, waiting, when the flush is.
+fn a_flush_and_a_write(data: &[u8; 3]) -> Vec<u8> {
+    let mut bytes = request(FLUSH, 0, 1, 0, 0);
+    bytes.extend(request(WRITE, 0, 2, 0, 3));
+    bytes.extend(data);
+    bytes
+}
+
+fn more_than_the_sockets_hold(cookie: u64) -> Vec<u8> {
+    [request(WRITE, 0, cookie, 0, MIB).as_slice(), &[0x25; MIB as usize]].concat().repeat(20)
+}
+
 #[test]
 fn trap_3_a_change_that_waited_behind_others_is_dropped_when_its_client_is_gone() {
     let (volume, server) = server_with_one_request_at_a_time();
     let mut old = server.client("demo");
     volume.hold();
-    // In one piece, so that the change is here, waiting, when the flush is.
-    let mut bytes = request(FLUSH, 0, 1, 0, 0);
-    bytes.extend(request(WRITE, 0, 2, 0, 3));
-    bytes.extend(b"old");
+    let mut bytes = a_flush_and_a_write(b"old");
     bytes.extend(request(TRIM, 0, 3, 0, 3));
     old.send(&bytes);
     volume.wait_held(1);
@@ -93,11 +102,8 @@ fn trap_3_the_end_of_a_connection_is_seen_behind_more_than_the_sockets_hold() {
     let (volume, server) = server_with_one_request_at_a_time();
     let mut old = server.client("demo");
     volume.hold();
-    let mut bytes = request(FLUSH, 0, 1, 0, 0);
-    bytes.extend(request(WRITE, 0, 2, 0, 3));
-    bytes.extend(b"old");
-    let much = [request(WRITE, 0, 3, 0, MIB).as_slice(), &[0x25; MIB as usize]].concat();
-    bytes.extend(much.repeat(20));
+    let mut bytes = a_flush_and_a_write(b"old");
+    bytes.extend(more_than_the_sockets_hold(3));
     old.stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
     // All of it goes only because it is read, long before the flush is done.
     old.send(&bytes);
@@ -116,8 +122,7 @@ fn trap_3_the_end_of_a_connection_is_seen_behind_requests_that_each_wait_for_a_s
     let mut bytes: Vec<u8> = (0..100).flat_map(|cookie| request(FLUSH, 0, cookie, 0, 0)).collect();
     bytes.extend(request(WRITE, 0, 100, 0, 3));
     bytes.extend(b"old");
-    let much = [request(WRITE, 0, 101, 0, MIB).as_slice(), &[0x25; MIB as usize]].concat();
-    bytes.extend(much.repeat(20));
+    bytes.extend(more_than_the_sockets_hold(101));
     let stream = old.stream.try_clone().unwrap();
     let sending = std::thread::spawn(move || {
         old.send(&bytes);
@@ -144,10 +149,7 @@ fn trap_3_a_change_that_waited_is_done_when_its_client_is_still_there() {
     let (volume, server) = server_with_one_request_at_a_time();
     let mut client = server.client("demo");
     volume.hold();
-    let mut bytes = request(FLUSH, 0, 1, 0, 0);
-    bytes.extend(request(WRITE, 0, 2, 0, 3));
-    bytes.extend(b"new");
-    client.send(&bytes);
+    client.send(&a_flush_and_a_write(b"new"));
     volume.wait_held(1);
     volume.release();
     assert_eq!(client.reply(), (1, 0));

@@ -13,7 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
 use super::budget::Loan;
-use super::patience::Patience;
+use super::patience::{BYTES_PER_SECOND_MIN, Patience};
 use super::pulse::Moment;
 use super::stream::ReadHalf;
 
@@ -187,7 +187,7 @@ impl Intake {
     ///
     /// A payload that trickles is given up as well as one that stops: it holds memory that other clients wait for.
     pub(super) async fn read_payload(&mut self, length: usize, stall_timeout: Duration) -> io::Result<Bytes> {
-        let limit = stall_timeout + Duration::from_secs((length / PAYLOAD_BYTES_PER_SECOND_MIN) as u64);
+        let limit = stall_timeout + Duration::from_secs(length as u64 / BYTES_PER_SECOND_MIN);
         let reading = self.read_payload_unless_stalled(length, stall_timeout);
         tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
@@ -246,9 +246,6 @@ impl Intake {
         }
     }
 }
-
-/// A client must send payloads at least this fast, beside [`super::Limits::stall_timeout`].
-const PAYLOAD_BYTES_PER_SECOND_MIN: usize = 256 * 1024;
 
 /// A read that has to wait has found all that had come.
 async fn noting_when_caught_up<T>(caught_up_at: &mut Instant, read: impl Future<Output = T>) -> T {

@@ -1,11 +1,11 @@
-//! How long a client that takes its replies slowly is waited for. Knows no clock and no socket.
+//! How long a client that takes its replies slowly, or sends slowly, is waited for. Knows no clock and no socket.
 
 use std::time::Duration;
 
 /// Slower than this, a client holds memory that others wait for longer than it is worth.
 pub(super) const BYTES_PER_SECOND_MIN: u64 = 256 << 10;
 
-/// Time that a client may still make the server wait: spent by waiting, earned by taking bytes.
+/// Time that a client may still make the server wait: spent by waiting, earned by taking bytes, or by sending them.
 ///
 /// Never more than it was at the start, so that a client that was fast for hours is not waited for any longer than
 /// another.
