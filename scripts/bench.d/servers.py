@@ -68,7 +68,7 @@ class Server:
     def spawn_slow(self, arguments, place, log, ready=None):
         """The same with every durable write and sync delayed. The filter stops no other system call of it."""
         self.slow_log = place / "delayed"
-        calls = "fsync,fdatasync,sync_file_range,pwritev2"
+        calls = "fsync,fdatasync,pwritev2"
         return self.spawn(
             ["strace", "-f", "--seccomp-bpf", "-qq", "-s", 0, "-o", self.slow_log, "-e", f"trace={calls}",
              "-e", f"inject={calls}:delay_enter={DELAY_MS * 1000}",
@@ -196,7 +196,7 @@ class Cluster:
         text = [f'[nbd]\nlisten = "127.0.0.1:{port}"\n[admin]\nlisten = "{server.admin}"\n',
                 f'[[volume]]\nname = "bench"\nsize = "{size_mib}MiB"\nack = {{ write = "{ack}", flush = "{ack}" }}\n',
                 # All stay members, at the price of waiting for the slowest when it is this far behind.
-                'lag_bytes_max = "128MiB"\njournal_size = "256MiB"\non_lag = "throttle"\n']
+                'on_lag = "throttle"\n']
         text += [f'[[volume.replica]]\nname = "{name}"\naddress = "127.0.0.1:{self.ports[name]}"\n' for name in self.names]
         self.config.write_text("".join(text))
 

@@ -12,7 +12,7 @@ use std::cmp::Reverse;
 use super::{Peer, PeerId, Phase, Role, Time, Volume};
 
 /// How long records come together for a member behind the front.
-const TOGETHER_MAX: Time = Time::from_millis(1);
+const TOGETHER_MAX: Time = Time::from_millis(2);
 /// How much of them may, journal bytes: more at once is no better.
 const TOGETHER_BYTES_MAX: u64 = 256 << 10;
 

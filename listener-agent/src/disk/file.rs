@@ -12,6 +12,7 @@ use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, f
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 
 use super::RawFile;
+use super::write_out::WriteOut;
 
 /// How writes reach the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,7 @@ pub struct SystemFile {
     direct: Option<File>,
     /// Held while the length is compared and changed: of two who make the file longer neither may cut off the other.
     growing: Mutex<()>,
+    write_out: WriteOut,
 }
 
 /// Zeroes written at a time where a filesystem cannot zero a range itself, bytes.
@@ -50,12 +52,12 @@ impl SystemFile {
             Caching::Buffered => None,
             Caching::Direct => open_direct(path)?,
         };
-        Ok(SystemFile { buffered, direct, growing: Mutex::default() })
+        Ok(SystemFile { buffered, direct, growing: Mutex::default(), write_out: WriteOut::default() })
     }
 
     /// Opens an existing file for reading only.
     pub fn open_read_only(path: &Path) -> io::Result<SystemFile> {
-        Ok(SystemFile { buffered: File::open(path)?, direct: None, growing: Mutex::default() })
+        Ok(SystemFile { buffered: File::open(path)?, direct: None, growing: Mutex::default(), write_out: WriteOut::default() })
     }
 
     /// The file descriptor, for locks.
@@ -100,6 +102,7 @@ impl RawFile for SystemFile {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_out.note(ByteRange { offset, length: data.len() as u64 });
         self.buffered.write_all_at(data, offset)
     }
 
@@ -108,6 +111,7 @@ impl RawFile for SystemFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.write_out.run(&self.buffered)?;
         Ok(fdatasync(&self.buffered)?)
     }
 

@@ -4,6 +4,7 @@
 pub mod aligned;
 pub mod file;
 pub mod write_back;
+mod write_out;
 
 use std::io;
 use std::sync::Arc;
