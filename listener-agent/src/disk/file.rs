@@ -57,7 +57,12 @@ impl SystemFile {
 
     /// Opens an existing file for reading only.
     pub fn open_read_only(path: &Path) -> io::Result<SystemFile> {
-        Ok(SystemFile { buffered: File::open(path)?, direct: None, growing: Mutex::default(), write_out: WriteOut::default() })
+        Ok(SystemFile {
+            buffered: File::open(path)?,
+            direct: None,
+            growing: Mutex::default(),
+            write_out: WriteOut::default(),
+        })
     }
 
     /// The file descriptor, for locks.
