@@ -114,9 +114,9 @@ pub struct ReplicaStatus {
     pub resync: Option<ResyncStatus>,
     /// Why it is not in order, as far as that is known; null for a member.
     pub reason: Option<String>,
-    /// Blocks found to differ from their checksum since the engine started.
+    /// Blocks found bad since the engine started: unreadable, or not what they should be.
     pub checksum_errors: u64,
-    /// Of these, repaired from another member.
+    /// Of these, good again: repaired from another member, or overwritten.
     pub repaired_blocks: u64,
 }
 

@@ -406,6 +406,8 @@ fn serve_reads(shared: &Shared) {
                 let outcome = shared.image.read(job.what, job.range);
                 if let ReadOutcome::ChecksumMismatch { offset } = &outcome {
                     error!("{}: the block at byte {offset} does not match its checksum", shared.label);
+                } else if let ReadOutcome::Unreadable { offset } = &outcome {
+                    error!("{}: the disk reports an error for the block at byte {offset}", shared.label);
                 }
                 shared.change(|r, _| r.read_done(job, outcome));
             }

@@ -60,6 +60,14 @@ pub enum Trust {
     InDoubt,
 }
 
+/// What was found of blocks that a write covers in part.
+struct Edges {
+    /// Those that are bad, and stay so.
+    broken: Vec<u64>,
+    /// Of some the disk reports an error.
+    is_unreadable: bool,
+}
+
 /// The image with its checksums.
 #[derive(Clone)]
 pub struct Image {
@@ -146,16 +154,22 @@ impl Image {
         }
         let mut blocks = vec![0; whole.length as usize];
         let at = (offset - whole.offset) as usize;
-        let broken = self.load_edges(&mut blocks, whole, range, trust)?;
+        let Edges { broken, is_unreadable } = self.load_edges(&mut blocks, whole, range, trust)?;
         blocks[at..at + data.len()].copy_from_slice(data);
+        if is_unreadable {
+            // A part of such a block cannot be written, and written whole it can be read again: it must be known to be bad
+            // before, whatever happens in between.
+            self.store_checksums(whole.offset, &blocks, &broken)?;
+            self.checksums.sync_written()?;
+            return self.image.write_at(whole.offset, &blocks);
+        }
         self.image.write_at(offset, data)?;
         self.store_checksums(whole.offset, &blocks, &broken)
     }
 
-    /// Fills the first and the last block, where `range` covers them only in part. Returns the offsets of those that
-    /// did not match their checksum.
-    fn load_edges(&self, blocks: &mut [u8], whole: ByteRange, range: ByteRange, trust: Trust) -> io::Result<Vec<u64>> {
-        let mut broken = Vec::new();
+    /// Fills the first and the last block, where `range` covers them only in part; one that cannot be read, with zeroes.
+    fn load_edges(&self, blocks: &mut [u8], whole: ByteRange, range: ByteRange, trust: Trust) -> io::Result<Edges> {
+        let mut found = Edges { broken: Vec::new(), is_unreadable: false };
         let mut edges = Vec::new();
         if range.offset != whole.offset {
             edges.push(whole.offset);
@@ -167,7 +181,13 @@ impl Image {
         for edge in edges {
             let at = (edge - whole.offset) as usize;
             let block = &mut blocks[at..at + BLOCK];
-            self.image.read_at(edge, block)?;
+            // Some errors pass; what a block held besides is given up only for one that does not.
+            if self.image.read_at(edge, block).or_else(|_| self.image.read_at(edge, block)).is_err() {
+                block.fill(0);
+                found.broken.push(edge);
+                found.is_unreadable = true;
+                continue;
+            }
             let (stored, checksum) = (self.stored(edge, 1)?[0], stored_block_checksum(block));
             let is_broken = match trust {
                 Trust::Verified => stored != checksum,
@@ -175,10 +195,10 @@ impl Image {
                 Trust::InDoubt => stored == !checksum,
             };
             if is_broken {
-                broken.push(edge);
+                found.broken.push(edge);
             }
         }
-        Ok(broken)
+        Ok(found)
     }
 
     fn store_checksums(&self, offset: u64, blocks: &[u8], broken: &[u64]) -> io::Result<()> {
@@ -243,7 +263,9 @@ impl Image {
                     ReadOutcome::Data { data, crc }
                 }
                 Ok(Err(offset)) => ReadOutcome::ChecksumMismatch { offset },
-                Err(_) => ReadOutcome::Failed,
+                Err(_) => self
+                    .first_unreadable(range)
+                    .map_or(ReadOutcome::Failed, |offset| ReadOutcome::Unreadable { offset }),
             },
             ReadKind::Extents => self.extents(range).map_or(ReadOutcome::Failed, ReadOutcome::Extents),
             ReadKind::Prefetch => {
@@ -257,6 +279,13 @@ impl Image {
     /// is called zero that [`Image::read_verified`] would not read as zeroes.
     pub fn extents(&self, range: ByteRange) -> io::Result<Vec<Extent>> {
         Survey { image: &*self.image, checksums: &*self.checksums, budget: Budget::ANSWER }.of(range)
+    }
+
+    /// The first block of a range that the disk reports an error for.
+    fn first_unreadable(&self, range: ByteRange) -> Option<u64> {
+        let whole = range.aligned(BLOCK_BYTES);
+        let mut block = [0; BLOCK];
+        (whole.offset..whole.end()).step_by(BLOCK).find(|offset| self.image.read_at(*offset, &mut block).is_err())
     }
 
     /// The bytes of a range, or the offset of the first block that does not match its checksum.
@@ -273,6 +302,9 @@ impl Image {
         Ok(Ok(Bytes::from(blocks).slice(at..at + range.length as usize)))
     }
 }
+
+#[cfg(test)]
+mod unreadable_tests;
 
 #[cfg(test)]
 mod tests {

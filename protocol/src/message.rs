@@ -285,8 +285,13 @@ pub enum ReadOutcome {
         /// First byte of the first such block.
         offset: u64,
     },
-    /// The disk reported an error.
+    /// The disk reported an error, and it cannot be said for which block.
     Failed,
+    /// The disk reports an error for a block.
+    Unreadable {
+        /// First byte of the first such block.
+        offset: u64,
+    },
 }
 
 /// How well a replica is.
@@ -645,6 +650,10 @@ impl ToEngine {
                         extents::put_extents(out, found);
                     }
                     ReadOutcome::Prefetched => out.put_u8(4),
+                    ReadOutcome::Unreadable { offset } => {
+                        out.put_u8(5);
+                        out.put_u64_le(*offset);
+                    }
                 }
             }
             ToEngine::Fetched(record) => {
@@ -719,7 +728,8 @@ fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOu
         2 => ReadOutcome::Failed,
         3 => ReadOutcome::Extents(extents::read_extents(r)?),
         4 => ReadOutcome::Prefetched,
-        5..=u8::MAX => return Err(Malformed { field: "outcome" }),
+        5 => ReadOutcome::Unreadable { offset: r.u64("offset")? },
+        6..=u8::MAX => return Err(Malformed { field: "outcome" }),
     })
 }
 

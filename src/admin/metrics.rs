@@ -158,8 +158,16 @@ impl ReplicaMetrics {
             resync_done: gauges(r, "replica_resync_done_bytes", "Bytes copied by a running resync"),
             resync_total: gauges(r, "replica_resync_total_bytes", "Bytes to copy by a running resync"),
             resync_rate: gauges(r, "replica_resync_bytes_per_second", "Recent rate of a running resync"),
-            checksum_errors: counters(r, "replica_checksum_errors", "Blocks found to differ from their checksum"),
-            repaired_blocks: counters(r, "replica_repaired_blocks", "Blocks repaired from a member"),
+            checksum_errors: counters(
+                r,
+                "replica_checksum_errors",
+                "Blocks found bad: unreadable, or not what they should be",
+            ),
+            repaired_blocks: counters(
+                r,
+                "replica_repaired_blocks",
+                "Bad blocks repaired from another member, or overwritten",
+            ),
         }
     }
 

@@ -90,7 +90,7 @@ fn replica_status(peer: &PeerSnapshot, place: &ReplicaPlace) -> ReplicaStatus {
         resync: peer.resync.map(resync_status),
         reason: peer.trouble.clone(),
         checksum_errors: peer.checksum_errors,
-        repaired_blocks: 0,
+        repaired_blocks: peer.repaired_blocks,
     }
 }
 

@@ -300,6 +300,9 @@ impl VolumeTask {
             | Notice::Replaying { .. }
             | Notice::LostData { .. }
             | Notice::ReadFailed { .. }
+            | Notice::BadBlock { .. }
+            | Notice::Repaired { .. }
+            | Notice::NoGoodCopy { .. }
             | Notice::Waiting { .. }
             | Notice::Lost { .. }
             | Notice::Refuses { .. }

@@ -1,15 +1,15 @@
 //! The copying of one resync: what is to be copied, what is under way, and up to where all of it is durable. Pure
 //! bookkeeping; whom to ask and when is decided in [`super::resync`].
 //!
-//! A chunk is read at a member and sent to the syncing replica behind all records given out by then. It may only be sent
-//! if no record that overlaps it was given out since its read was queued: the bytes would take such a record back. It is
-//! read again then, and after a few tries new changes to it wait for that read.
+//! A chunk is read at a member and sent to the syncing replica behind all records given out by then, if no record changed it
+//! meanwhile ([`super::fresh_read`]).
 
 use std::collections::{BTreeMap, VecDeque};
 
 use protocol::message::Dirty;
 use protocol::ranges::ByteRange;
 
+use super::fresh_read::FreshRead;
 use super::{PeerId, Time};
 
 /// Bytes of one chunk, at most: small, so that few changes overlap it while it is read.
@@ -18,30 +18,14 @@ const CHUNK_BYTES_MAX: u64 = 256 * 1024;
 const WINDOW_BYTES: u64 = 16 << 20;
 /// Chunks being read at a time.
 const READING_MAX: usize = 4;
-/// Reads that changes made useless before changes wait.
-const TRIES_BEFORE_HOLD: u32 = 3;
-/// Changes wait for a read so long, at most, at its first try of that sort; with each further one twice as long, so that
-/// a slow disk ends it, and one that hangs is not waited for.
-const HOLD_FIRST: Time = Time::from_millis(100);
-const HOLD_DOUBLINGS_MAX: u32 = 4;
 
 #[derive(Debug)]
 pub(super) struct Chunk {
-    pub(super) range: ByteRange,
+    pub(super) read: FreshRead,
     /// Members that could not read it.
     pub(super) failed: Vec<PeerId>,
-    tries: u32,
-    state: ChunkState,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ChunkState {
-    /// Nobody was asked, or in vain.
-    Waiting,
-    /// A member was asked; `overlapped` if a record changed it since.
-    Reading { read: u64, asked_at: Time, overlapped: bool },
-    /// On its way, or there and not known to be durable.
-    Sent { copy: u64 },
+    /// It is on its way under this number, or there and not known to be durable.
+    copy: Option<u64>,
 }
 
 /// Asking for what is dirty.
@@ -156,7 +140,7 @@ impl Copying {
     // ---- chunks ------------------------------------------------------------------------------------------------
 
     fn reading(&self) -> usize {
-        self.chunks.values().filter(|c| !matches!(c.state, ChunkState::Sent { .. })).count()
+        self.chunks.values().filter(|c| c.copy.is_none()).count()
     }
 
     /// The next chunk that could begin now.
@@ -168,13 +152,13 @@ impl Copying {
     pub(super) fn begin(&mut self) {
         let Some(range) = self.queue.pop_front() else { return };
         self.chunks_bytes += range.length;
-        let chunk = Chunk { range, failed: Vec::new(), tries: 0, state: ChunkState::Waiting };
+        let chunk = Chunk { read: FreshRead::new(range), failed: Vec::new(), copy: None };
         self.chunks.insert(range.offset, chunk);
     }
 
     /// Chunks that a member must be asked for.
     pub(super) fn unasked(&self) -> Vec<u64> {
-        let waiting = self.chunks.iter().filter(|(_, c)| c.state == ChunkState::Waiting);
+        let waiting = self.chunks.iter().filter(|(_, c)| c.copy.is_none() && !c.read.is_asked());
         waiting.map(|(offset, _)| *offset).collect()
     }
 
@@ -184,71 +168,56 @@ impl Copying {
 
     pub(super) fn asked(&mut self, offset: u64, read: u64, now: Time) {
         if let Some(chunk) = self.chunks.get_mut(&offset) {
-            chunk.state = ChunkState::Reading { read, asked_at: now, overlapped: false };
+            chunk.read.ask(read, now);
         }
     }
 
     /// A record was given out that changes `range`.
     pub(super) fn overlap(&mut self, range: ByteRange) {
-        for chunk in self.chunks.values_mut() {
-            if let ChunkState::Reading { overlapped, .. } = &mut chunk.state
-                && chunk.range.overlaps(range)
-            {
-                *overlapped = true;
-            }
-        }
+        self.chunks.values_mut().for_each(|chunk| chunk.read.overlap(range));
     }
 
     /// Whether changes of `range` must wait for a read.
     pub(super) fn holds(&self, range: ByteRange, now: Time) -> bool {
-        let waited_for = |c: &Chunk| match c.state {
-            ChunkState::Reading { asked_at, overlapped: false, .. } if c.tries >= TRIES_BEFORE_HOLD => {
-                let doublings = (c.tries - TRIES_BEFORE_HOLD).min(HOLD_DOUBLINGS_MAX);
-                now.saturating_sub(asked_at) < HOLD_FIRST * 2_u32.pow(doublings)
-            }
-            ChunkState::Waiting | ChunkState::Reading { .. } | ChunkState::Sent { .. } => false,
-        };
-        self.chunks.values().any(|c| waited_for(c) && c.range.overlaps(range))
+        self.chunks.values().any(|chunk| chunk.read.holds(range, now))
     }
 
     fn find_read(&mut self, id: u64) -> Option<&mut Chunk> {
-        self.chunks.values_mut().find(|c| matches!(c.state, ChunkState::Reading { read, .. } if read == id))
+        self.chunks.values_mut().find(|chunk| chunk.read.is_named(id))
     }
 
     /// The bytes of a read are there.
     pub(super) fn read_done(&mut self, id: u64) -> ChunkRead {
         let copy = self.next_copy;
         let Some(chunk) = self.find_read(id) else { return ChunkRead::Unknown };
-        if matches!(chunk.state, ChunkState::Reading { overlapped: true, .. }) {
-            chunk.tries += 1;
-            chunk.state = ChunkState::Waiting;
+        if !chunk.read.finish() {
             return ChunkRead::Again;
         }
-        chunk.state = ChunkState::Sent { copy };
-        let range = chunk.range;
+        chunk.copy = Some(copy);
+        let range = chunk.read.range;
         self.next_copy += 1;
         ChunkRead::Send { copy, range }
     }
 
-    /// A member could not read it; how many could not by now.
-    pub(super) fn read_failed(&mut self, id: u64, peer: PeerId) -> Option<usize> {
+    /// A member could not read it; which range that is, and how many could not by now.
+    pub(super) fn read_failed(&mut self, id: u64, peer: PeerId) -> Option<(ByteRange, usize)> {
         let chunk = self.find_read(id)?;
         chunk.failed.push(peer);
-        chunk.state = ChunkState::Waiting;
-        Some(chunk.failed.len())
+        chunk.read.lose();
+        Some((chunk.read.range, chunk.failed.len()))
     }
 
     /// A member will not answer.
     pub(super) fn read_lost(&mut self, id: u64) {
         if let Some(chunk) = self.find_read(id) {
-            chunk.state = ChunkState::Waiting;
+            chunk.read.lose();
         }
     }
 
     /// Copies up to this one are durable.
     pub(super) fn copied(&mut self, id: u64) {
-        let durable = |c: &Chunk| matches!(c.state, ChunkState::Sent { copy } if copy <= id);
-        let bytes: u64 = self.chunks.values().filter(|c| durable(c)).map(|c| c.range.length).sum();
+        let durable = |c: &Chunk| c.copy.is_some_and(|copy| copy <= id);
+        let bytes: u64 = self.chunks.values().filter(|c| durable(c)).map(|c| c.read.range.length).sum();
         self.chunks.retain(|_, c| !durable(c));
         self.chunks_bytes -= bytes;
         self.done_bytes += bytes;
@@ -284,6 +253,7 @@ impl Copying {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fresh_read::HOLD_FIRST;
     use super::*;
 
     const UNIT: u64 = 64 * 1024;

@@ -9,11 +9,12 @@
 
 use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
-use protocol::{Seq, ToAgent, View};
+use protocol::{BLOCK_BYTES, Seq, View};
 
 use super::membership::Membership;
 use super::peer::READS_OUTSTANDING_MAX;
 use super::reads::Held;
+use super::repair::{self, Damage, Finding};
 use super::{Answer, Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
 
 impl<T> Volume<T> {
@@ -56,22 +57,22 @@ impl<T> Volume<T> {
             at.asked.push(id);
             at.outstanding += 1;
             at.asked_at = now;
-            let (what, ByteRange { offset, length }) = (at.what, at.range);
-            let peer = &mut self.peers[id];
-            peer.reads.insert(piece);
-            peer.push_after(last, ToAgent::Read { id: piece, what, offset, length });
+            self.peers[id].ask(last, piece, at.what, at.range);
         }
     }
 
     pub(super) fn on_read_done(&mut self, now: Time, peer: PeerId, id: u64, applied: Seq, outcome: ReadOutcome) {
-        if !self.peers[peer].reads.remove(&id) || self.on_chunk_read(now, peer, id, &outcome) {
+        let Some(seen) = self.peers[peer].reads.remove(&id) else { return };
+        let is_of_ours = self.on_chunk_read(now, peer, id, seen, &outcome);
+        if is_of_ours || self.on_repair_read(now, peer, id, seen, &outcome) {
             return;
         }
         let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
         piece.outstanding -= 1;
         let (what, range, asked_at) = (piece.what, piece.range, piece.asked_at);
+        let bad = repair::bad_block(&outcome, range);
         match piece.judge(outcome) {
-            Ok(answer) => {
+            Some(answer) => {
                 let until = match what {
                     ReadKind::Data => {
                         self.reads.note_latency(now.saturating_sub(asked_at));
@@ -83,21 +84,28 @@ impl<T> Volume<T> {
                 };
                 self.answer_or_hold(now, Held { piece: id, answer, until });
             }
-            Err(offset) => self.read_failed(now, peer, id, offset),
+            None => self.read_failed(now, peer, id, seen, bad),
         }
     }
 
-    /// Counts a read that a replica could not do, and says so; `offset` is that of a bad block.
-    pub(super) fn note_read_failed(&mut self, peer: PeerId, offset: Option<u64>) {
-        self.peers[peer].checksum_errors += u64::from(offset.is_some());
-        let replica = self.peers[peer].name.clone();
-        self.notice(Notice::ReadFailed { replica, offset });
+    /// A member could not do a read that was queued behind the record `seen`; because of a bad block, if that is known.
+    pub(super) fn note_read_failed(&mut self, peer: PeerId, seen: Seq, bad: Option<(u64, Damage)>) {
+        match bad {
+            Some((offset, what)) => {
+                let blocks = ByteRange { offset, length: BLOCK_BYTES };
+                self.repair(Finding { blocks, bad: peer, what, good: None, seen });
+            }
+            None => {
+                let replica = self.peers[peer].name.clone();
+                self.notice(Notice::ReadFailed { replica });
+            }
+        }
     }
 
-    fn read_failed(&mut self, now: Time, peer: PeerId, id: u64, offset: Option<u64>) {
-        self.note_read_failed(peer, offset);
+    fn read_failed(&mut self, now: Time, peer: PeerId, id: u64, seen: Seq, bad: Option<(u64, Damage)>) {
+        self.note_read_failed(peer, seen, bad);
         if let Some(piece) = self.reads.pieces.get_mut(&id) {
-            piece.failed.push(peer);
+            piece.failed.push((peer, bad.map(|(offset, _)| offset)));
         }
         self.ask_another_or_fail(now, id);
     }
@@ -172,8 +180,9 @@ impl<T> Volume<T> {
 
     /// A peer will not answer what it was asked.
     pub(super) fn reads_lost(&mut self, now: Time, peer: PeerId) {
-        for id in std::mem::take(&mut self.peers[peer].reads) {
+        for id in std::mem::take(&mut self.peers[peer].reads).into_keys() {
             self.chunk_read_lost(id);
+            self.repair_read_lost(id);
             if let Some(piece) = self.reads.pieces.get_mut(&id) {
                 piece.outstanding -= 1;
                 // It may be asked again when it is back.
@@ -188,25 +197,30 @@ impl<T> Volume<T> {
             return;
         }
         self.ask(now, id);
-        self.fail_if_hopeless(id);
+        self.fail_if_hopeless(now, id);
     }
 
-    /// Fails a read that every member was asked for and none has a good copy of: better no answer than a wrong one.
-    fn fail_if_hopeless(&mut self, id: u64) {
+    /// Fails a read that every member was asked for and none has a good copy of: better no answer than a wrong one. If
+    /// they may have good copies of its parts, these are asked for.
+    fn fail_if_hopeless(&mut self, now: Time, id: u64) {
         let Some(piece) = self.reads.pieces.get(&id) else { return };
         let mut members = (0..self.peers.len()).filter(|id| self.peers[*id].role == super::Role::Member);
-        let is_hopeless =
-            piece.outstanding == 0 && !piece.failed.is_empty() && members.all(|m| piece.failed.contains(&m));
-        if is_hopeless && let Some(token) = self.reads.fail_piece(id) {
+        let is_hopeless = piece.outstanding == 0 && !piece.failed.is_empty() && members.all(|m| piece.has_failed_at(m));
+        if !is_hopeless {
+            return;
+        }
+        if let Some(halves) = self.reads.split(id, now) {
+            halves.into_iter().for_each(|half| self.ask(now, half));
+        } else if let Some(token) = self.reads.fail_piece(id) {
             self.complete(token, Err(Failure::Io));
         }
     }
 
     /// Looks again at reads that some members could not do: the one that might have done better may have left.
-    pub(super) fn fail_hopeless(&mut self) {
+    pub(super) fn fail_hopeless(&mut self, now: Time) {
         let failed: Vec<u64> =
             self.reads.pieces.iter().filter(|(_, p)| !p.failed.is_empty()).map(|(id, _)| *id).collect();
-        failed.into_iter().for_each(|id| self.fail_if_hopeless(id));
+        failed.into_iter().for_each(|id| self.fail_if_hopeless(now, id));
     }
 
     /// Asks another member where an answer takes unusually long.

@@ -21,6 +21,7 @@ mod activation;
 mod command;
 mod copying;
 mod dispatch;
+mod fresh_read;
 mod interface;
 mod log;
 mod membership;
@@ -30,6 +31,7 @@ mod precedence;
 mod rate;
 mod reads;
 mod refusal;
+mod repair;
 mod resync;
 mod snapshot;
 mod survey;
@@ -57,6 +59,8 @@ pub use notice::{DropReason, Notice, Severity};
 use peer::{Link, Peer, Role};
 use reads::Reads;
 pub use refusal::{MissingReplica, StartRefusal};
+pub use repair::Damage;
+use repair::Repairs;
 use resync::Resync;
 pub use resync::ResyncSnapshot;
 pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};
@@ -95,6 +99,7 @@ pub struct Volume<T> {
     stable_survey: Option<(Seq, Survey)>,
     since_stable: Option<SinceStable>,
     resync: Option<Resync>,
+    repairs: Repairs,
     resizing: Option<Resizing>,
     /// The policies of the epoch before this one.
     stored_acks: Option<AckPolicies>,
@@ -172,6 +177,7 @@ impl<T> Volume<T> {
             stable_survey: None,
             since_stable: None,
             resync: None,
+            repairs: Repairs::default(),
             resizing: None,
             stored_acks: None,
             log: None,
@@ -352,6 +358,7 @@ impl<T> Volume<T> {
     fn die(&mut self, failure: Failure) {
         self.phase = Phase::Dead;
         self.resync = None;
+        self.repairs = Repairs::default();
         self.fail_waiting(failure);
     }
 
@@ -466,7 +473,7 @@ impl<T> Volume<T> {
                 | RecordKind::Resize => range.length,
             };
             let piece = ByteRange { offset: range.offset + change.given_out, length: step };
-            if self.is_held_for_copy(piece, now) {
+            if self.is_held_for_copy(piece, now) || self.repairs.holds(piece, now) {
                 return false;
             }
             let payload = match &change.request {
@@ -494,6 +501,7 @@ impl<T> Volume<T> {
         log.push(record, now);
         if range.length > 0 {
             self.overlap_chunks(range);
+            self.repairs.overlap(range, position.seq);
         }
         position.seq
     }
@@ -531,6 +539,7 @@ impl<T> Volume<T> {
             self.finish_removals(now);
             self.advance_resync(now);
             self.advance_resizing(now);
+            self.advance_repairs(now);
             self.trim(now);
             self.choose_front();
             self.give_out(now);
@@ -579,7 +588,7 @@ impl<T> Volume<T> {
         }
         self.ping(now);
         self.hedge(now);
-        self.fail_hopeless();
+        self.fail_hopeless(now);
         self.expire(now);
         self.settle(now);
     }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use protocol::{Position, ReplicaName, Seq, View};
 
+use super::Damage;
+
 /// Something that people should know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -39,12 +41,33 @@ pub enum Notice {
         /// What it has.
         found: Position,
     },
-    /// A replica had a bad block or an error for a read.
+    /// A replica could not do a read, and it is not known for which block.
     ReadFailed {
         /// Which.
         replica: ReplicaName,
-        /// First byte of the bad block, if it is known.
-        offset: Option<u64>,
+    },
+    /// A block of a member is bad.
+    BadBlock {
+        /// Which member.
+        replica: ReplicaName,
+        /// First byte of the block.
+        offset: u64,
+        /// What is wrong with it.
+        what: Damage,
+    },
+    /// A bad block is good again, by a repair or because a client changed all of it.
+    Repaired {
+        /// At which member.
+        replica: ReplicaName,
+        /// First byte of the block.
+        offset: u64,
+        /// What was wrong with it.
+        what: Damage,
+    },
+    /// A block is bad at all members.
+    NoGoodCopy {
+        /// First byte of the block.
+        offset: u64,
     },
     /// A replica cannot be had while the volume starts; it is tried again.
     Waiting {
@@ -180,9 +203,11 @@ impl Notice {
             | Notice::Resyncing { .. }
             | Notice::Removed { .. }
             | Notice::Resized { .. }
+            | Notice::Repaired { .. }
             | Notice::Frozen(false)
             | Notice::Space { full: false, .. } => Severity::Info,
             Notice::Dropping { .. }
+            | Notice::BadBlock { .. }
             | Notice::Lost { .. }
             | Notice::Refuses { .. }
             | Notice::ResyncEnded { .. }
@@ -190,6 +215,7 @@ impl Notice {
             | Notice::ResizeFailed { .. } => Severity::Warning,
             Notice::LostData { .. }
             | Notice::ReadFailed { .. }
+            | Notice::NoGoodCopy { .. }
             | Notice::GivenUp { .. }
             | Notice::Frozen(true)
             | Notice::Space { full: true, .. } => Severity::Error,
@@ -203,7 +229,9 @@ impl Notice {
             Notice::Dropping { replica, .. }
             | Notice::Replaying { replica, .. }
             | Notice::LostData { replica, .. }
-            | Notice::ReadFailed { replica, .. }
+            | Notice::ReadFailed { replica }
+            | Notice::BadBlock { replica, .. }
+            | Notice::Repaired { replica, .. }
             | Notice::Waiting { replica, .. }
             | Notice::Lost { replica, .. }
             | Notice::Refuses { replica, .. }
@@ -213,6 +241,7 @@ impl Notice {
             | Notice::Removed { replica }
             | Notice::Space { replica, .. } => Some(replica),
             Notice::ViewInForce { .. }
+            | Notice::NoGoodCopy { .. }
             | Notice::GivenUp { .. }
             | Notice::SizeDiffers { .. }
             | Notice::Resized { .. }
@@ -233,10 +262,15 @@ impl fmt::Display for Notice {
                 "had acknowledged record {acknowledged} and came back at {found}: its disk lost data or it belongs to \
                  another history; all of it is copied anew"
             ),
-            Notice::ReadFailed { offset: Some(offset), .. } => {
-                write!(f, "the block at byte {offset} does not match its checksum")
+            Notice::ReadFailed { .. } => f.write_str("a read failed"),
+            Notice::BadBlock { offset, what, .. } => write!(f, "the block at byte {offset} {what}"),
+            Notice::Repaired { offset, what, .. } => {
+                write!(f, "the block at byte {offset} is good again; what was found: it {what}")
             }
-            Notice::ReadFailed { offset: None, .. } => f.write_str("a read failed"),
+            Notice::NoGoodCopy { offset } => write!(
+                f,
+                "no member has a good copy of the block at byte {offset}: reads of it fail until all of it is written"
+            ),
             Notice::Waiting { reason, .. } => write!(f, "waited for: {reason}"),
             Notice::Refuses { reason, .. } => write!(f, "cannot be used: {reason}"),
             Notice::Lost { reason, .. } => {

@@ -1,8 +1,9 @@
 //! The engine's record of one replica: how far it is, what is on its way to it, and whether it can be asked.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
-use protocol::message::{Condition, Promised, Welcome};
+use protocol::message::{Condition, Promised, ReadKind, Welcome};
+use protocol::ranges::ByteRange;
 use protocol::{Record, ReplicaName, Seq, ToAgent};
 
 use super::Time;
@@ -122,13 +123,15 @@ pub(super) struct Peer {
     sent: Seq,
     queued: VecDeque<Queued>,
     urgent: VecDeque<ToAgent>,
-    /// Pieces of reads it was asked for.
-    pub(super) reads: BTreeSet<u64>,
+    /// Reads it was asked for and has not answered, and behind which record each was queued.
+    pub(super) reads: BTreeMap<u64, Seq>,
     /// When the ping was sent that was last answered: the lease counts from then.
     pub(super) confirmed_at: Option<Time>,
     pub(super) ping: Option<(u64, Time)>,
     pub(super) last_ping_at: Time,
+    /// Blocks that were found bad there, and those of them that are good again.
     pub(super) checksum_errors: u64,
+    pub(super) repaired_blocks: u64,
     /// Whether the volume itself ended the connection, for the reason in `last_error`.
     pub(super) ended: bool,
     /// Why it was last refused or lost, for people.
@@ -158,11 +161,12 @@ impl Peer {
             sent: Seq(0),
             queued: VecDeque::new(),
             urgent: VecDeque::new(),
-            reads: BTreeSet::new(),
+            reads: BTreeMap::new(),
             confirmed_at: None,
             ping: None,
             last_ping_at: Time::ZERO,
             checksum_errors: 0,
+            repaired_blocks: 0,
             ended: false,
             last_error: None,
         }
@@ -256,6 +260,12 @@ impl Peer {
     /// Queues a message behind all records up to `after`.
     pub(super) fn push_after(&mut self, after: Seq, message: ToAgent) {
         self.queued.push_back(Queued { after, message });
+    }
+
+    /// Queues a read behind all records up to `after`.
+    pub(super) fn ask(&mut self, after: Seq, id: u64, what: ReadKind, range: ByteRange) {
+        self.reads.insert(id, after);
+        self.push_after(after, ToAgent::Read { id, what, offset: range.offset, length: range.length });
     }
 
     fn next_message(&mut self, log: Option<&Log>) -> Option<ToAgent> {

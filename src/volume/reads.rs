@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use protocol::Seq;
 use protocol::extents;
 use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
+use protocol::{BLOCK_BYTES, Seq};
 
 use super::{Answer, PeerId, Time};
 
@@ -20,7 +20,6 @@ const HEDGE_MAX: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Piece {
     pub(super) read: u64,
-    pub(super) index: usize,
     pub(super) what: ReadKind,
     pub(super) range: ByteRange,
     /// Members asked, whether they answered or not.
@@ -28,28 +27,38 @@ pub(super) struct Piece {
     /// Of these, how many may still answer.
     pub(super) outstanding: usize,
     pub(super) asked_at: Time,
-    /// Members that answered with an error or a bad block.
-    pub(super) failed: Vec<PeerId>,
+    /// Members that answered with an error or a bad block, and where that is, as far as they said.
+    pub(super) failed: Vec<(PeerId, Option<u64>)>,
 }
 
 impl Piece {
-    /// What a member's answer says of the range, or how it failed: the offset of a bad block, if it is that.
-    pub(super) fn judge(&self, outcome: ReadOutcome) -> Result<Answer, Option<u64>> {
+    fn new(read: u64, what: ReadKind, range: ByteRange, now: Time) -> Piece {
+        Piece { read, what, range, asked: vec![], outstanding: 0, asked_at: now, failed: vec![] }
+    }
+
+    pub(super) fn has_failed_at(&self, peer: PeerId) -> bool {
+        self.failed.iter().any(|(failed, _)| *failed == peer)
+    }
+
+    /// What a member's answer says of the range, if it is one.
+    pub(super) fn judge(&self, outcome: ReadOutcome) -> Option<Answer> {
         match (self.what, outcome) {
             (ReadKind::Data, ReadOutcome::Data { data, .. }) if data.len() as u64 == self.range.length => {
-                Ok(Answer::Data(data))
+                Some(Answer::Data(data))
             }
             (ReadKind::Extents, ReadOutcome::Extents(found)) if extents::are_sound(&found, self.range.length) => {
-                Ok(Answer::Extents(found))
+                Some(Answer::Extents(found))
             }
-            (ReadKind::Prefetch, ReadOutcome::Prefetched) => Ok(Answer::Done),
-            (ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch, ReadOutcome::ChecksumMismatch { offset }) => {
-                Err(Some(offset))
-            }
+            (ReadKind::Prefetch, ReadOutcome::Prefetched) => Some(Answer::Done),
             (
                 ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch,
-                ReadOutcome::Data { .. } | ReadOutcome::Extents(_) | ReadOutcome::Prefetched | ReadOutcome::Failed,
-            ) => Err(None),
+                ReadOutcome::Data { .. }
+                | ReadOutcome::Extents(_)
+                | ReadOutcome::Prefetched
+                | ReadOutcome::ChecksumMismatch { .. }
+                | ReadOutcome::Unreadable { .. }
+                | ReadOutcome::Failed,
+            ) => None,
         }
     }
 }
@@ -66,8 +75,9 @@ pub(super) struct Held {
 #[derive(Debug)]
 struct ReadOp<T> {
     token: T,
-    /// The bytes of a read of several pieces, as far as they are there.
-    parts: Vec<Bytes>,
+    /// The bytes of a read of several pieces, as far as they are there, by their first byte.
+    parts: BTreeMap<u64, Bytes>,
+    /// Pieces that are not there.
     missing: usize,
 }
 
@@ -108,24 +118,35 @@ impl<T> Reads<T> {
         while offset < range.end() {
             let length = piece_bytes.min(range.end() - offset);
             let id = self.id();
-            let range = ByteRange { offset, length };
-            let piece = Piece {
-                read,
-                index: pieces.len(),
-                what,
-                range,
-                asked: vec![],
-                outstanding: 0,
-                asked_at: now,
-                failed: vec![],
-            };
-            self.pieces.insert(id, piece);
+            self.pieces.insert(id, Piece::new(read, what, ByteRange { offset, length }, now));
             pieces.push(id);
             offset += length;
         }
-        let parts = vec![Bytes::new(); pieces.len()];
-        self.ops.insert(read, ReadOp { token, missing: parts.len(), parts });
+        self.ops.insert(read, ReadOp { token, missing: pieces.len(), parts: BTreeMap::new() });
         pieces
+    }
+
+    /// Makes two of a piece that no member has all of; returns their ids. `None` if that is of no use: it is one block, or
+    /// nothing that has bytes, or all members failed at the same block.
+    pub(super) fn split(&mut self, id: u64, now: Time) -> Option<[u64; 2]> {
+        let piece = self.pieces.get(&id)?;
+        let whole = piece.range.aligned(BLOCK_BYTES);
+        let blocks = whole.length / BLOCK_BYTES;
+        let first = piece.failed.first()?.1;
+        let is_same = first.is_some() && piece.failed.iter().all(|(_, offset)| *offset == first);
+        if piece.what != ReadKind::Data || blocks < 2 || is_same {
+            return None;
+        }
+        let piece = self.pieces.remove(&id)?;
+        let middle = whole.offset + blocks / 2 * BLOCK_BYTES;
+        let ends = [(piece.range.offset, middle), (middle, piece.range.end())];
+        self.ops.get_mut(&piece.read)?.missing += 1;
+        Some(ends.map(|(offset, end)| {
+            let half = self.id();
+            let range = ByteRange { offset, length: end - offset };
+            self.pieces.insert(half, Piece::new(piece.read, piece.what, range, now));
+            half
+        }))
     }
 
     /// Ends a piece with its answer; returns the request if that was its last.
@@ -134,7 +155,9 @@ impl<T> Reads<T> {
         let op = self.ops.get_mut(&piece.read)?;
         op.missing -= 1;
         match answer {
-            Answer::Data(data) if op.parts.len() > 1 => op.parts[piece.index] = data,
+            Answer::Data(data) if op.missing > 0 || !op.parts.is_empty() => {
+                op.parts.insert(piece.range.offset, data);
+            }
             Answer::Data(_) | Answer::Extents(_) | Answer::Done => {
                 return self.ops.remove(&piece.read).map(|op| (op.token, answer));
             }
@@ -143,8 +166,8 @@ impl<T> Reads<T> {
             return None;
         }
         let op = self.ops.remove(&piece.read)?;
-        let mut whole = BytesMut::with_capacity(op.parts.iter().map(Bytes::len).sum());
-        for part in op.parts {
+        let mut whole = BytesMut::with_capacity(op.parts.values().map(Bytes::len).sum());
+        for part in op.parts.into_values() {
             whole.extend_from_slice(&part);
         }
         Some((op.token, Answer::Data(whole.freeze())))

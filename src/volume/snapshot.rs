@@ -66,8 +66,10 @@ pub struct PeerSnapshot {
     pub lag_bytes: u64,
     /// For how long it has lacked the oldest of them, ms.
     pub lag_ms: u64,
-    /// Bad blocks it reported.
+    /// Blocks found bad there.
     pub checksum_errors: u64,
+    /// Of these, blocks that are good again.
+    pub repaired_blocks: u64,
     /// How far the copying to it is.
     pub resync: Option<ResyncSnapshot>,
     /// Why it was last refused or lost, while it is not in order.
@@ -156,6 +158,7 @@ impl<T> Volume<T> {
             lag_bytes: log.map_or(0, |l| l.bytes_between(peer.durable, last)),
             lag_ms: waiting.map_or(0, |at| now.saturating_sub(at).as_millis() as u64),
             checksum_errors: peer.checksum_errors,
+            repaired_blocks: peer.repaired_blocks,
             resync: resync.map(Resync::snapshot),
             trouble: peer.last_error.clone().filter(|_| !is_well),
         }

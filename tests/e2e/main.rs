@@ -37,6 +37,7 @@ mod operator;
 mod policies;
 mod powercut;
 mod recovery;
+mod repair;
 mod replicas;
 mod resent;
 mod resync;

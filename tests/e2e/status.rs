@@ -22,6 +22,9 @@ pub struct ReplicaStatus {
     pub state: String,
     pub lag_records: u64,
     pub lag_bytes: u64,
+    /// Bad blocks found there, and those of them that are good again.
+    pub checksum_errors: u64,
+    pub repaired_blocks: u64,
     /// Why it is not in order.
     pub reason: Option<String>,
 }
@@ -46,6 +49,8 @@ impl Status {
                     state: text(&replica["state"]),
                     lag_records: number(&replica["lag_records"]),
                     lag_bytes: number(&replica["lag_bytes"]),
+                    checksum_errors: number(&replica["checksum_errors"]),
+                    repaired_blocks: number(&replica["repaired_blocks"]),
                     reason: replica["reason"].as_str().map(str::to_string),
                 })
                 .collect(),

@@ -300,7 +300,7 @@ impl World {
                 let outcome = process.image.read(job.what, job.range);
                 // After a failed sync blocks may be anything; nobody is answered any more. So may blocks that are still to
                 // be copied: no journal repairs what a crash left of an earlier copy.
-                if let ReadOutcome::ChecksumMismatch { offset } = outcome
+                if let ReadOutcome::ChecksumMismatch { offset } | ReadOutcome::Unreadable { offset } = outcome
                     && process.replica.condition() != Condition::Poisoned
                     && !process.replica.superblock().syncing
                 {
@@ -369,6 +369,20 @@ impl World {
             process.replica.close();
             self.pump_agent(index);
         }
+    }
+
+    /// Flips a bit of the image.
+    pub fn rot(&mut self, index: usize, offset: u64) {
+        self.trace(|| format!("a{index}: a bit of byte {offset} flips"));
+        self.agents[index].disk.image.rot(offset as usize);
+        self.agents[index].rotten.push(offset / 4096 * 4096);
+    }
+
+    /// Makes a block of the image unreadable.
+    pub fn spoil(&mut self, index: usize, block: u64) {
+        self.trace(|| format!("a{index}: the block at {block} cannot be read any more"));
+        self.agents[index].disk.image.spoil(block as usize);
+        self.agents[index].rotten.push(block);
     }
 
     pub fn stall_agent(&mut self, index: usize, time: Duration) {

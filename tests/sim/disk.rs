@@ -40,7 +40,14 @@ struct Bytes {
     dirty: BTreeSet<usize>,
     /// What is behind may be cut off by a power cut.
     durable_length: usize,
+    /// Blocks that cannot be read, nor written in part.
+    unreadable: BTreeSet<usize>,
+    /// Blocks that were written whole since and are unreadable again if that is lost.
+    rewritten: BTreeSet<usize>,
 }
+
+/// Blocks of the disk that cannot be read go by so many bytes.
+const BLOCK: usize = 4096;
 
 /// A file of the disk.
 #[derive(Debug)]
@@ -57,7 +64,7 @@ fn broken() -> io::Error {
 impl SimFile {
     fn new(length: usize, faults: &Arc<Mutex<Faults>>, can_be_full: bool) -> Arc<SimFile> {
         let (durable, cached) = (vec![0; length], vec![0; length]);
-        let bytes = Bytes { durable, cached, dirty: BTreeSet::new(), durable_length: length };
+        let bytes = Bytes::new(durable, cached);
         Arc::new(SimFile { bytes: Mutex::new(bytes), faults: faults.clone(), can_be_full })
     }
 
@@ -75,6 +82,16 @@ impl SimFile {
         let mut bytes = self.bytes.lock().unwrap();
         bytes.durable[offset] ^= 0x40;
         bytes.cached[offset] ^= 0x40;
+    }
+
+    /// Makes a block unreadable until it is written whole.
+    pub fn spoil(&self, offset: usize) {
+        self.bytes.lock().unwrap().unreadable.insert(offset / BLOCK);
+    }
+
+    /// Whether a block can be read.
+    pub fn is_readable(&self, offset: usize) -> bool {
+        !self.bytes.lock().unwrap().unreadable.contains(&(offset / BLOCK))
     }
 
     fn power_cut(&self, keep_percent: u64) {
@@ -96,6 +113,24 @@ impl SimFile {
 }
 
 impl Bytes {
+    fn new(durable: Vec<u8>, cached: Vec<u8>) -> Bytes {
+        let durable_length = durable.len();
+        let (dirty, unreadable, rewritten) = Default::default();
+        Bytes { durable, cached, dirty, durable_length, unreadable, rewritten }
+    }
+
+    fn is_unreadable(&self, offset: usize, length: usize) -> bool {
+        self.unreadable.range(offset / BLOCK..(offset + length).div_ceil(BLOCK)).next().is_some()
+    }
+
+    fn rewrite(&mut self, offset: usize, length: usize) {
+        for block in offset.div_ceil(BLOCK)..(offset + length) / BLOCK {
+            if self.unreadable.remove(&block) {
+                self.rewritten.insert(block);
+            }
+        }
+    }
+
     fn grow(&mut self, length: usize) {
         let length = length.next_multiple_of(SECTOR).max(self.cached.len());
         self.durable.resize(length, 0);
@@ -110,6 +145,10 @@ impl Bytes {
     fn lose(&mut self, sector: usize) {
         let at = sector * SECTOR..(sector + 1) * SECTOR;
         self.cached[at.clone()].copy_from_slice(&self.durable[at]);
+        let block = sector * SECTOR / BLOCK;
+        if self.rewritten.remove(&block) {
+            self.unreadable.insert(block);
+        }
     }
 
     fn put(&mut self, offset: usize, data: &[u8], rng: &mut Rng) {
@@ -131,6 +170,9 @@ impl RawFile for SimFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let bytes = self.bytes.lock().unwrap();
         let at = offset as usize;
+        if bytes.is_unreadable(at, buffer.len()) {
+            return Err(broken());
+        }
         let found = bytes.cached.get(at..at + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(found);
         Ok(())
@@ -155,6 +197,10 @@ impl RawFile for SimFile {
                 _ => {}
             }
             *left -= 1;
+        }
+        bytes.rewrite(offset as usize, length);
+        if bytes.is_unreadable(offset as usize, length) {
+            return Err(broken());
         }
         bytes.put(offset as usize, &data[..length], rng);
         outcome
@@ -194,6 +240,7 @@ impl RawFile for SimFile {
             return Err(broken());
         }
         bytes.durable_length = bytes.cached.len();
+        bytes.rewritten.clear();
         Ok(())
     }
 
@@ -285,7 +332,7 @@ impl Disk {
         for (file, content) in self.all_files().into_iter().zip(snapshot) {
             let mut bytes = file.bytes.lock().unwrap();
             let (durable, cached) = (content.clone(), content.clone());
-            *bytes = Bytes { durable, cached, dirty: BTreeSet::new(), durable_length: content.len() };
+            *bytes = Bytes::new(durable, cached);
         }
     }
 

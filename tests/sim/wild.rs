@@ -219,9 +219,7 @@ impl World {
     fn flip_a_bit(&mut self, agent: usize) {
         let block = self.rng.below(self.setup.size_bytes / 4096) * 4096;
         let offset = block + self.rng.below(4096);
-        self.trace(|| format!("a{agent}: a bit of byte {offset} flips"));
-        self.agents[agent].disk.image.rot(offset as usize);
-        self.agents[agent].rotten.push(block);
+        self.rot(agent, offset);
     }
 }
 

@@ -10,6 +10,7 @@ use protocol::{Seq, ToAgent};
 use super::super::copying::ChunkRead;
 use super::super::log::Log;
 use super::super::peer::{Peer, READS_OUTSTANDING_MAX, Role};
+use super::super::repair::{Damage, bad_block};
 use super::super::{PeerId, Phase, Time, Volume};
 use super::{FinishState, LIST_PATIENCE, Resync, SPEED_OVER, Step, TELL_EVERY};
 
@@ -115,7 +116,7 @@ impl<T> Volume<T> {
         for offset in unasked {
             let Some(copying) = self.resync.as_mut().and_then(Resync::copying) else { return };
             let Some(chunk) = copying.chunk(offset) else { continue };
-            let range = chunk.range;
+            let range = chunk.read.range;
             let can = |id: &&PeerId| !chunk.failed.contains(id) && self.peers[**id].reads.len() < READS_OUTSTANDING_MAX;
             let cost = |id: &&PeerId| (last.ahead_of(self.peers[**id].durable) / 64, self.peers[**id].reads.len());
             let Some(source) = sources.iter().filter(can).min_by_key(cost).copied() else {
@@ -127,14 +128,19 @@ impl<T> Volume<T> {
             };
             let id = self.reads.id();
             copying.asked(offset, id, now);
-            self.peers[source].reads.insert(id);
-            let read = ToAgent::Read { id, what: ReadKind::Data, offset, length: range.length };
-            self.peers[source].push_after(last, read);
+            self.peers[source].ask(last, id, ReadKind::Data, range);
         }
     }
 
     /// A member answered a read; whether it was one of the copying.
-    pub(in crate::volume) fn on_chunk_read(&mut self, now: Time, peer: PeerId, id: u64, outcome: &ReadOutcome) -> bool {
+    pub(in crate::volume) fn on_chunk_read(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        id: u64,
+        seen: Seq,
+        outcome: &ReadOutcome,
+    ) -> bool {
         let Some(resync) = &mut self.resync else { return false };
         let target = resync.peer;
         let Some(copying) = resync.copying() else { return false };
@@ -143,9 +149,10 @@ impl<T> Volume<T> {
             ReadOutcome::Extents(_)
             | ReadOutcome::Prefetched
             | ReadOutcome::ChecksumMismatch { .. }
+            | ReadOutcome::Unreadable { .. }
             | ReadOutcome::Failed => {
-                let Some(failed) = copying.read_failed(id, peer) else { return false };
-                self.chunk_failed(now, peer, outcome, failed);
+                let Some((range, failed)) = copying.read_failed(id, peer) else { return false };
+                self.chunk_failed(now, peer, seen, bad_block(outcome, range), failed);
                 return true;
             }
         };
@@ -165,14 +172,10 @@ impl<T> Volume<T> {
         true
     }
 
-    fn chunk_failed(&mut self, now: Time, peer: PeerId, outcome: &ReadOutcome, failed: usize) {
-        let offset = match outcome {
-            ReadOutcome::ChecksumMismatch { offset } => Some(*offset),
-            ReadOutcome::Data { .. } | ReadOutcome::Extents(_) | ReadOutcome::Prefetched | ReadOutcome::Failed => None,
-        };
-        self.note_read_failed(peer, offset);
+    fn chunk_failed(&mut self, now: Time, peer: PeerId, seen: Seq, bad: Option<(u64, Damage)>, failed: usize) {
+        self.note_read_failed(peer, seen, bad);
         if failed >= self.sources().len() {
-            let at = offset.map_or_else(String::new, |offset| format!(" at byte {offset}"));
+            let at = bad.map_or_else(String::new, |(offset, _)| format!(" at byte {offset}"));
             self.end_resync(now, format!("no member has a good copy of what it lacks{at}"));
         }
     }
@@ -192,7 +195,7 @@ impl<T> Volume<T> {
         copying.copied(id);
     }
 
-    /// Changes what a chunk being read must show.
+    /// A record was given out that changes what a chunk being read must show.
     pub(in crate::volume) fn overlap_chunks(&mut self, range: ByteRange) {
         if let Some(copying) = self.resync.as_mut().and_then(Resync::copying) {
             copying.overlap(range);
