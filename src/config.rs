@@ -107,6 +107,9 @@ pub struct VolumeConfig {
     /// A resync copies at least so much per second, however busy clients are. Default 8 MiB.
     #[serde(default = "VolumeConfig::default_resync_rate_min")]
     pub resync_rate_min: ByteSize,
+    /// A replica where more blocks are found bad leaves the view. Default 1024.
+    #[serde(default = "VolumeConfig::default_checksum_errors_max")]
+    pub checksum_errors_max: u64,
     /// As written in the file; `VolumeConfig::journal_size` gives the default too.
     #[serde(default)]
     journal_size: Option<ByteSize>,
@@ -244,6 +247,10 @@ impl VolumeConfig {
 
     fn default_resync_rate_min() -> ByteSize {
         ByteSize::mib(8)
+    }
+
+    fn default_checksum_errors_max() -> u64 {
+        1024
     }
 
     fn default_lease_ms() -> u64 {

@@ -37,6 +37,7 @@ fn settings(policy: AckPolicy) -> VolumeSettings {
         lease: Duration::from_secs(1),
         start_timeout: Duration::from_secs(10),
         resync_rate_min: 1 << 20,
+        checksum_errors_max: 64,
         take_over: false,
         engine: [7; 16],
     }

@@ -43,6 +43,7 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(volume.freeze(), Duration::from_secs(60));
     assert_eq!(volume.lease(), Duration::from_secs(3));
     assert_eq!(volume.resync_rate_min, ByteSize::mib(8));
+    assert_eq!(volume.checksum_errors_max, 1024);
     assert_eq!(volume.journal_size(), ByteSize::mib(576));
 }
 
@@ -73,6 +74,7 @@ fn a_number_out_of_range_names_volume_key_value_and_range() {
             "journal_size = 511MiB is too small; allowed: at least 512MiB, twice lag_bytes_max",
         ),
         ("journal_size = 536870913", "journal_size = 536870913 is not a multiple of 4KiB"),
+        ("checksum_errors_max = 0", "checksum_errors_max = 0 is out of range; allowed: 1 to 1000000000"),
         ("resync_rate_min = 1", "resync_rate_min = 1 is out of range; allowed: 64KiB to 64GiB"),
         ("min_replicas = 3", "min_replicas = 3 is out of range; allowed: 1 to 2, the number of replicas"),
         ("min_replicas = 0", "min_replicas = 0 is out of range; allowed: 1 to 2, the number of replicas"),

@@ -80,6 +80,9 @@ impl From<CommandRefusal> for OrderRefused {
             }
             CommandRefusal::Busy => "try again in a moment",
             CommandRefusal::Size { .. } => "give a greater size, a multiple of 4KiB up to 64TiB",
+            CommandRefusal::Damaged { .. } => {
+                "look after its disk first; `nbdcast replica replace` puts another in its place"
+            }
             CommandRefusal::Unreachable { .. } => "bring it back, or wait until it has left the view",
         };
         OrderRefused { is_unknown, message: refusal.to_string(), remedy: Some(remedy.to_owned()) }

@@ -102,6 +102,7 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
         lease: config.lease(),
         start_timeout: START_TIMEOUT_MIN.max(config.lease() * 2),
         resync_rate_min: config.resync_rate_min.bytes(),
+        checksum_errors_max: config.checksum_errors_max,
         take_over,
         engine: *uuid::Uuid::new_v4().as_bytes(),
     }

@@ -81,6 +81,15 @@ pub enum CommandRefusal {
         /// Which.
         replica: ReplicaName,
     },
+    /// It left because of its bad blocks.
+    #[error(
+        "more blocks of replica {replica} were found bad than checksum_errors_max: have all of it copied anew (--full), or \
+         replace it"
+    )]
+    Damaged {
+        /// Which.
+        replica: ReplicaName,
+    },
     /// Another change of the replicas is on its way.
     #[error("another change of the view is not in force yet")]
     Busy,
@@ -214,6 +223,9 @@ impl<T> Volume<T> {
     fn resync_now(&mut self, now: Time, id: PeerId, full: bool) -> Result<(), CommandRefusal> {
         let replica = self.peers[id].name.clone();
         match self.peers[id].role {
+            Role::Leaving | Role::Dropped if self.peers[id].is_kept_out && !full => {
+                return Err(CommandRefusal::Damaged { replica });
+            }
             Role::Member if full => self.let_go(id)?,
             Role::Member | Role::Joining => return Err(CommandRefusal::InSync { replica }),
             Role::Syncing | Role::Dropped if full && self.resync.as_ref().is_some_and(|r| r.peer == id) => {

@@ -96,7 +96,9 @@ impl<T> Volume<T> {
                 self.repair(Finding { blocks, bad: peer, what, good: None, seen });
             }
             None => {
-                let replica = self.peers[peer].name.clone();
+                let peer = &mut self.peers[peer];
+                peer.errors += 1;
+                let replica = peer.name.clone();
                 self.notice(Notice::ReadFailed { replica });
             }
         }

@@ -41,6 +41,8 @@ pub struct VolumeSettings {
     pub start_timeout: Duration,
     /// A resync copies at least so much, bytes per second.
     pub resync_rate_min: u64,
+    /// A member where more blocks were found bad leaves the view.
+    pub checksum_errors_max: u64,
     /// Whether to fence another engine that is at work.
     pub take_over: bool,
     /// This engine.

@@ -110,7 +110,7 @@ impl<T> Volume<T> {
         for peer in &mut self.peers {
             match (view.contains(&peer.name), peer.role) {
                 (false, Role::Member | Role::Leaving | Role::Joining) => peer.role = Role::Dropped,
-                (true, Role::Joining) => (peer.role, peer.member_since) = (Role::Member, now),
+                (true, Role::Joining) => (peer.role, peer.member_since, peer.errors) = (Role::Member, now, 0),
                 (true, Role::Unknown | Role::Dropped | Role::Syncing) => peer.role = Role::Member,
                 (true, Role::Member | Role::Leaving | Role::Gone) => {}
                 (false, Role::Unknown | Role::Dropped | Role::Syncing | Role::Gone) => {}
@@ -143,6 +143,9 @@ impl<T> Volume<T> {
         }
         if peer.full_since.is_some_and(|since| now.saturating_sub(since) >= FULL_GRACE) {
             return Some(DropReason::NoSpace);
+        }
+        if peer.errors > self.settings.checksum_errors_max && !self.repairs.may_need(id) {
+            return Some(DropReason::BadBlocks);
         }
         let front = self.peers.iter().filter(|p| p.is_ready_member()).map(|p| p.durable).max()?;
         let too_far = log.bytes_between(peer.durable, front) >= self.settings.lag_bytes_max;
@@ -240,6 +243,7 @@ impl<T> Volume<T> {
         let peer = &mut self.peers[id];
         peer.role = Role::Leaving;
         peer.must_leave = false;
+        peer.is_kept_out = reason == DropReason::BadBlocks;
         peer.backoff.lost(now, now.saturating_sub(peer.member_since));
         self.disconnect(now, id);
         self.events.push_back(Event::Notice(Notice::Dropping { replica: name, reason }));

@@ -162,6 +162,8 @@ pub enum DropReason {
     LostData,
     /// It did not take part in activation.
     Absent,
+    /// More of its blocks were found bad than `checksum_errors_max`.
+    BadBlocks,
     /// An operator removes it, or has all of it copied anew.
     Operator,
 }
@@ -177,6 +179,10 @@ pub enum Severity {
     Error,
 }
 
+/// Why a replica with many bad blocks is out of the view, and what brings it back.
+pub(super) const BAD_BLOCKS: &str = "more of its blocks were found bad than checksum_errors_max; it is not used again until it \
+                                     is replaced or copied anew (replica resync --full)";
+
 impl fmt::Display for DropReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -186,6 +192,7 @@ impl fmt::Display for DropReason {
             DropReason::Poisoned => "a durable write failed there",
             DropReason::LostData => "it lost data that it had acknowledged",
             DropReason::Absent => "it took no part in the start of the engine",
+            DropReason::BadBlocks => BAD_BLOCKS,
             DropReason::Operator => "an operator asked for it",
         })
     }

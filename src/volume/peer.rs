@@ -132,6 +132,10 @@ pub(super) struct Peer {
     /// Blocks that were found bad there, and those of them that are good again.
     pub(super) checksum_errors: u64,
     pub(super) repaired_blocks: u64,
+    /// Blocks that were found bad, and reads that failed, since it became a member.
+    pub(super) errors: u64,
+    /// It left for these: only a copy of everything brings it back.
+    pub(super) is_kept_out: bool,
     /// Whether the volume itself ended the connection, for the reason in `last_error`.
     pub(super) ended: bool,
     /// Why it was last refused or lost, for people.
@@ -167,6 +171,8 @@ impl Peer {
             last_ping_at: Time::ZERO,
             checksum_errors: 0,
             repaired_blocks: 0,
+            errors: 0,
+            is_kept_out: false,
             ended: false,
             last_error: None,
         }

@@ -202,6 +202,11 @@ impl Repairs {
         }
     }
 
+    /// Whether a block that is bad elsewhere may have its good copy at this member.
+    pub(super) fn may_need(&self, peer: PeerId) -> bool {
+        self.blocks.values().any(|repair| repair.step == Step::Seek && repair.may_read_at(peer))
+    }
+
     /// Takes out whoever holds the record that makes a block good, or is no member any more; returns the former.
     fn take_healed(&mut self, is_member: impl Fn(PeerId) -> bool, durable: impl Fn(PeerId) -> Seq) -> Vec<Healed> {
         let mut healed = Vec::new();
@@ -240,6 +245,7 @@ impl<T> Volume<T> {
             if self.repairs.note(block, &finding) {
                 let peer = &mut self.peers[finding.bad];
                 peer.checksum_errors += 1;
+                peer.errors += 1;
                 let (replica, what) = (peer.name.clone(), finding.what);
                 self.notice(Notice::BadBlock { replica, offset: block, what });
             }
@@ -368,6 +374,7 @@ mod tests {
         repairs.note(4096, &finding(0, 1));
         let (_, repair) = repairs.blocks.first_key_value().map(|(b, r)| (*b, r)).unwrap();
         assert!(repair.may_read_at(1) && !repair.may_read_at(0));
+        assert!(repairs.may_need(1) && !repairs.may_need(0));
         repairs.blocks.get_mut(&4096).unwrap().read.ask(7, Time::ZERO);
         repairs.overlap(ByteRange { offset: 4097, length: 8191 }, Seq(2));
         repairs.overlap(ByteRange { offset: 0, length: 4096 }, Seq(3));

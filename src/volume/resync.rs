@@ -176,6 +176,7 @@ impl<T> Volume<T> {
         let may = |id: &PeerId| {
             let peer = &self.peers[*id];
             peer.role == Role::Dropped
+                && (!peer.is_kept_out || peer.wants_full_resync)
                 && matches!(peer.link, Link::Welcomed)
                 && now >= peer.backoff.not_before
                 && peer.linked_for(now) >= SETTLED_AFTER
@@ -184,6 +185,7 @@ impl<T> Volume<T> {
             return;
         };
         let full = std::mem::take(&mut self.peers[peer].wants_full_resync);
+        self.peers[peer].is_kept_out = false;
         self.resync = Some(Resync {
             peer,
             full,

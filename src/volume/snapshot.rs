@@ -3,6 +3,7 @@
 use protocol::message::Condition;
 use protocol::{Epoch, ReplicaName, Seq, VolumeUuid};
 
+use super::notice::BAD_BLOCKS;
 use super::peer::{Link, Role};
 use super::resync::{Resync, ResyncSnapshot};
 use super::{Phase, Time, Volume};
@@ -160,7 +161,11 @@ impl<T> Volume<T> {
             checksum_errors: peer.checksum_errors,
             repaired_blocks: peer.repaired_blocks,
             resync: resync.map(Resync::snapshot),
-            trouble: peer.last_error.clone().filter(|_| !is_well),
+            trouble: if peer.is_kept_out {
+                Some(BAD_BLOCKS.to_owned())
+            } else {
+                peer.last_error.clone().filter(|_| !is_well)
+            },
         }
     }
 }

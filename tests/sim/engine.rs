@@ -70,6 +70,7 @@ fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
         lease: setup.lease,
         start_timeout: ms(20_000),
         resync_rate_min: setup.resync_rate_min,
+        checksum_errors_max: setup.checksum_errors_max,
         take_over,
         engine: [engine as u8 + 1; 16],
     }

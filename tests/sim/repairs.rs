@@ -1,6 +1,6 @@
 //! Stories of bad blocks: they are answered from other members, and made good again by a record.
 
-use nbdcast::volume::{Damage, Failure, Notice, PeerState};
+use nbdcast::volume::{Command, CommandRefusal, Damage, DropReason, Failure, Notice, PeerState};
 use protocol::AckPolicy;
 
 use crate::check;
@@ -190,4 +190,54 @@ fn a_write_of_part_of_an_unreadable_block_does_not_cost_the_replica() {
     assert_eq!(w.read_now(0, 0, 2), payload(token, 0, 2));
     w.is_repaired(1, 1);
     w.all_is_good();
+}
+
+/// A world in which 12 blocks of a replica are bad, and more than 9 are too many.
+fn with_many_bad(seed: u64, agents: &[usize]) -> World {
+    let mut w = serving(Setup { checksum_errors_max: 9, ..Setup::quiet(seed, AckPolicy::First) });
+    let token = w.write(0, 0, 16 * BLOCK, false);
+    w.done(0, token);
+    w.is_quiet();
+    for agent in agents {
+        (0..12).for_each(|block| w.rot(*agent, block * 4096));
+    }
+    w
+}
+
+#[test]
+fn a_replica_with_too_many_bad_blocks_leaves_and_comes_back_only_when_it_is_copied_anew() {
+    let mut w = with_many_bad(3305, &[0]);
+    let replica = replica_name(0);
+    for block in 0..16 {
+        w.read_now(0, block * BLOCK, BLOCK);
+    }
+    assert!(w.run_until(LONG, |w| w.view(0) == "b c"));
+    assert!(w.dropped_for(DropReason::BadBlocks));
+    w.run_for(LONG);
+    assert_eq!(w.view(0), "b c", "it does not come back by itself");
+    let trouble = w.engines[0].volume.snapshot(w.now).peers[0].trouble.clone().unwrap_or_default();
+    assert!(trouble.contains("checksum_errors_max"), "{trouble}");
+    let refused = w.command(0, Command::Resync { replica: replica.clone(), full: false });
+    assert_eq!(refused, Err(CommandRefusal::Damaged { replica: replica.clone() }));
+    w.command(0, Command::Resync { replica, full: true }).unwrap();
+    w.everyone_is_back(0);
+    w.all_is_good();
+}
+
+#[test]
+fn the_last_member_stays_whatever_is_bad_and_one_that_has_the_good_copies_until_they_are_used() {
+    let mut w = with_many_bad(3306, &[0, 1]);
+    w.kill_agent(2, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a b"));
+    for block in 0..16 {
+        let read = w.read(0, block * BLOCK, BLOCK);
+        assert!(w.run_until(LONG, |w| w.answer(0, read).is_some()));
+        assert_eq!(w.answer(0, read).unwrap().is_err(), block < 12);
+    }
+    assert!(w.run_until(LONG, |w| w.view(0).len() == 1), "one of them leaves");
+    w.run_for(ms(3000));
+    assert_eq!(w.view(0).len(), 1);
+    for block in 12..16 {
+        w.read_now(0, block * BLOCK, BLOCK);
+    }
 }

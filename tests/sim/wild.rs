@@ -33,6 +33,7 @@ pub fn setup(seed: u64) -> Setup {
         freeze: ms(rng.pick(&[500, 2000, 10_000])),
         lease: ms(rng.pick(&[50, 300, 1000])),
         resync_rate_min: rng.pick(&[1 << 20, 16 << 20]),
+        checksum_errors_max: 64,
         slowest: ms(rng.pick(&[1, 5, 20, 60])),
         in_flight_max: rng.pick(&[1, 3, 12, 12]),
         whole_blocks: rng.percent(30),

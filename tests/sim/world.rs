@@ -60,6 +60,7 @@ pub struct Setup {
     pub freeze: Duration,
     pub lease: Duration,
     pub resync_rate_min: u64,
+    pub checksum_errors_max: u64,
     /// Longest time of a message, a job of a disk.
     pub slowest: Duration,
     /// Messages on their way to an agent at most: a socket takes no more.
@@ -91,6 +92,7 @@ impl Setup {
             freeze: ms(2000),
             lease: ms(300),
             resync_rate_min: 8 << 20,
+            checksum_errors_max: 64,
             slowest: ms(2),
             in_flight_max: 12,
             whole_blocks: false,
