@@ -136,6 +136,10 @@ pub enum ReadPolicy {
     Adaptive,
     /// All; the first valid answer wins.
     Multicast,
+    /// The one likely to be fastest; another if its answer takes longer than most do.
+    Hedged,
+    /// All; their answers are compared, and what differs is repaired.
+    Verify,
 }
 
 /// What happens to a replica that reaches a lag limit.

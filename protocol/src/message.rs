@@ -86,6 +86,11 @@ pub enum ToAgent {
         /// The size, bytes.
         size_bytes: u64,
     },
+    /// Nobody waits for the answer of a `Read` any more. It is answered all the same, but may be so with nothing.
+    CancelRead {
+        /// The id of the read.
+        id: u64,
+    },
 }
 
 /// What a read wants to know of its range.
@@ -292,6 +297,8 @@ pub enum ReadOutcome {
         /// First byte of the first such block.
         offset: u64,
     },
+    /// The read was cancelled before it was at work.
+    Cancelled,
 }
 
 /// How well a replica is.
@@ -395,6 +402,7 @@ impl ToAgent {
             ToAgent::Synced => 12,
             ToAgent::ListDirty { .. } => 13,
             ToAgent::Extend { .. } => 14,
+            ToAgent::CancelRead { .. } => 15,
         }
     }
 
@@ -450,6 +458,7 @@ impl ToAgent {
                 out.put_u64_le(*from);
             }
             ToAgent::Extend { size_bytes } => out.put_u64_le(*size_bytes),
+            ToAgent::CancelRead { id } => out.put_u64_le(*id),
         }
         Bytes::new()
     }
@@ -494,7 +503,8 @@ impl ToAgent {
             12 => ToAgent::Synced,
             13 => ToAgent::ListDirty { subject: r.name("subject")?, from: r.u64("offset")? },
             14 => ToAgent::Extend { size_bytes: r.u64("size")? },
-            0 | 15..=u8::MAX => return Err(Malformed { field: "message number" }),
+            15 => ToAgent::CancelRead { id: r.u64("id")? },
+            0 | 16..=u8::MAX => return Err(Malformed { field: "message number" }),
         };
         finish(r, bulk)?;
         Ok(message)
@@ -654,6 +664,7 @@ impl ToEngine {
                         out.put_u8(5);
                         out.put_u64_le(*offset);
                     }
+                    ReadOutcome::Cancelled => out.put_u8(6),
                 }
             }
             ToEngine::Fetched(record) => {
@@ -729,7 +740,8 @@ fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOu
         3 => ReadOutcome::Extents(extents::read_extents(r)?),
         4 => ReadOutcome::Prefetched,
         5 => ReadOutcome::Unreadable { offset: r.u64("offset")? },
-        6..=u8::MAX => return Err(Malformed { field: "outcome" }),
+        6 => ReadOutcome::Cancelled,
+        7..=u8::MAX => return Err(Malformed { field: "outcome" }),
     })
 }
 

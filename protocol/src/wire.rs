@@ -272,6 +272,7 @@ mod tests {
             read(ReadOutcome::Data { crc: crate::checksum::crc32(&data), data }),
             read(ReadOutcome::ChecksumMismatch { offset: 4096 }),
             read(ReadOutcome::Failed),
+            read(ReadOutcome::Cancelled),
             read(ReadOutcome::Unreadable { offset: 4096 }),
             read(ReadOutcome::Extents(vec![Extent { length: 4096, allocation: Allocation::Zeroes }; EXTENTS_MAX])),
             read(ReadOutcome::Prefetched),

@@ -28,6 +28,8 @@ use crate::volume::{
 };
 
 const TICK: Duration = Duration::from_millis(5);
+/// The same where answers that are late by a millisecond are not waited for.
+const TICK_HEDGED: Duration = Duration::from_millis(1);
 /// A removed replica may take so long to be marked clean.
 const RETIRE_MAX: Duration = Duration::from_secs(3);
 /// How long replicas may take to answer at start, at least.
@@ -90,6 +92,8 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
         read: match config.read {
             ReadPolicy::Adaptive => ReadSpread::Adaptive,
             ReadPolicy::Multicast => ReadSpread::Multicast,
+            ReadPolicy::Hedged => ReadSpread::Hedged,
+            ReadPolicy::Verify => ReadSpread::Verify,
         },
         lag_bytes_max: config.lag_bytes_max.bytes(),
         lag_max: config.lag_max(),
@@ -151,7 +155,8 @@ impl VolumeTask {
         for slot in task.slots().iter().flatten() {
             slot.start();
         }
-        let ticking = tokio::spawn(tick(Arc::downgrade(&task)));
+        let every = if config.read == ReadPolicy::Hedged { TICK_HEDGED } else { TICK };
+        let ticking = tokio::spawn(tick(Arc::downgrade(&task), every));
         let _ = task.ticking.set(ticking.abort_handle());
         Ok(task)
     }
@@ -304,6 +309,7 @@ impl VolumeTask {
             | Notice::BadBlock { .. }
             | Notice::Repaired { .. }
             | Notice::NoGoodCopy { .. }
+            | Notice::NoMajority { .. }
             | Notice::Waiting { .. }
             | Notice::Lost { .. }
             | Notice::Refuses { .. }
@@ -464,8 +470,8 @@ fn refuse_hopeless(config: &VolumeConfig, failed: Vec<(String, DirectoryError)>)
     Ok(())
 }
 
-async fn tick(task: Weak<VolumeTask>) {
-    let mut interval = tokio::time::interval(TICK);
+async fn tick(task: Weak<VolumeTask>, every: Duration) {
+    let mut interval = tokio::time::interval(every);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;

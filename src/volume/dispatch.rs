@@ -19,7 +19,8 @@ use super::{Answer, Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
 
 impl<T> Volume<T> {
     pub(super) fn begin_read(&mut self, now: Time, token: T, what: ReadKind, range: ByteRange) {
-        for piece in self.reads.begin(token, what, range, now) {
+        let compares = what == ReadKind::Data && self.settings.read == ReadSpread::Verify;
+        for piece in self.reads.begin(token, what, range, compares) {
             self.ask(now, piece);
         }
     }
@@ -27,16 +28,16 @@ impl<T> Volume<T> {
     /// Members that may be asked for a piece, the best first: few reads under way, little lag.
     fn candidates(&self, piece: u64) -> Vec<PeerId> {
         let Some(membership) = &self.membership else { return Vec::new() };
-        let asked = self.reads.pieces.get(&piece).map_or(&[][..], |p| &p.asked[..]);
+        let piece = self.reads.pieces.get(&piece);
         let may = |id: &PeerId| {
             let peer = &self.peers[*id];
             peer.is_ready_member()
                 && membership.in_force.contains(&peer.name)
                 && peer.reads.len() < READS_OUTSTANDING_MAX
-                && !asked.contains(id)
+                && !piece.is_some_and(|p| p.was_asked(*id))
         };
         let mut candidates: Vec<PeerId> = (0..self.peers.len()).filter(may).collect();
-        let last = self.log.as_ref().map_or(Seq(0), super::Log::last);
+        let last = self.last_given_out();
         candidates.sort_by_key(|id| {
             let peer = &self.peers[*id];
             // A backlog is read behind; a few records in flight are not.
@@ -45,18 +46,25 @@ impl<T> Volume<T> {
         candidates
     }
 
+    pub(super) fn last_given_out(&self) -> Seq {
+        self.log.as_ref().map_or(Seq(0), super::Log::last)
+    }
+
     /// Asks one member for a piece, or all that can be asked.
     fn ask(&mut self, now: Time, piece: u64) {
-        let mut candidates = self.candidates(piece);
-        if self.settings.read == ReadSpread::Adaptive {
-            candidates.truncate(1);
+        if self.reads.pieces.get(&piece).is_some_and(|p| p.round.is_some()) {
+            return self.ask_all(now, piece);
         }
-        let last = self.log.as_ref().map_or(Seq(0), super::Log::last);
+        let mut candidates = self.candidates(piece);
+        match self.settings.read {
+            ReadSpread::Adaptive | ReadSpread::Hedged | ReadSpread::Verify => candidates.truncate(1),
+            ReadSpread::Multicast => {}
+        }
+        let last = self.last_given_out();
         for id in candidates {
             let Some(at) = self.reads.pieces.get_mut(&piece) else { return };
-            at.asked.push(id);
+            at.asked.push((id, now));
             at.outstanding += 1;
-            at.asked_at = now;
             self.peers[id].ask(last, piece, at.what, at.range);
         }
     }
@@ -67,15 +75,26 @@ impl<T> Volume<T> {
         if is_of_ours || self.on_repair_read(now, peer, id, seen, &outcome) {
             return;
         }
-        let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
+        let Some(piece) = self.reads.pieces.get_mut(&id) else {
+            // Nobody waits for it; what is bad is bad all the same.
+            if let Some(bad) = repair::bad_block(&outcome, self.whole()) {
+                self.note_read_failed(peer, seen, Some(bad));
+            }
+            return;
+        };
         piece.outstanding -= 1;
-        let (what, range, asked_at) = (piece.what, piece.range, piece.asked_at);
+        let (what, range, compares) = (piece.what, piece.range, piece.round.is_some());
+        let asked_at = piece.asked.iter().find(|(asked, _)| *asked == peer).map_or(now, |(_, at)| *at);
         let bad = repair::bad_block(&outcome, range);
         match piece.judge(outcome) {
+            Some(Answer::Data(data)) if compares => {
+                self.note_client(asked_at, now);
+                self.compare_with(now, id, peer, applied, data);
+            }
             Some(answer) => {
                 let until = match what {
                     ReadKind::Data => {
-                        self.reads.note_latency(now.saturating_sub(asked_at));
+                        self.reads.note_latency(id, peer, now);
                         self.note_client(asked_at, now);
                         self.must_be_committed(range, applied)
                     }
@@ -113,7 +132,7 @@ impl<T> Volume<T> {
     }
 
     /// What a read showed must be acknowledged up to here before it is answered.
-    fn must_be_committed(&self, range: ByteRange, applied: Seq) -> Seq {
+    pub(super) fn must_be_committed(&self, range: ByteRange, applied: Seq) -> Seq {
         let view_size = self.membership.as_ref().map_or(1, |m| m.in_force.len());
         if self.quorum_policy().needed(view_size) == 1 {
             // The member that answered holds what it showed, and one is enough.
@@ -122,7 +141,7 @@ impl<T> Volume<T> {
         self.log.as_ref().and_then(|log| log.last_change(range, applied)).unwrap_or(Seq(0))
     }
 
-    fn answer_or_hold(&mut self, now: Time, held: Held) {
+    pub(super) fn answer_or_hold(&mut self, now: Time, held: Held) {
         if self.may_answer(now, held.until) {
             self.answer(held.piece, held.answer);
         } else {
@@ -188,7 +207,7 @@ impl<T> Volume<T> {
             if let Some(piece) = self.reads.pieces.get_mut(&id) {
                 piece.outstanding -= 1;
                 // It may be asked again when it is back.
-                piece.asked.retain(|asked| *asked != peer);
+                piece.asked.retain(|(asked, _)| *asked != peer);
                 self.ask_another_or_fail(now, id);
             }
         }
@@ -198,20 +217,23 @@ impl<T> Volume<T> {
         if self.reads.held.iter().any(|h| h.piece == id) {
             return;
         }
+        if self.reads.pieces.get(&id).is_some_and(|p| p.round.is_some()) {
+            return self.advance_comparison(now, id);
+        }
         self.ask(now, id);
         self.fail_if_hopeless(now, id);
     }
 
     /// Fails a read that every member was asked for and none has a good copy of: better no answer than a wrong one. If
     /// they may have good copies of its parts, these are asked for.
-    fn fail_if_hopeless(&mut self, now: Time, id: u64) {
+    pub(super) fn fail_if_hopeless(&mut self, now: Time, id: u64) {
         let Some(piece) = self.reads.pieces.get(&id) else { return };
         let mut members = (0..self.peers.len()).filter(|id| self.peers[*id].role == super::Role::Member);
         let is_hopeless = piece.outstanding == 0 && !piece.failed.is_empty() && members.all(|m| piece.has_failed_at(m));
         if !is_hopeless {
             return;
         }
-        if let Some(halves) = self.reads.split(id, now) {
+        if let Some(halves) = self.reads.split(id) {
             halves.into_iter().for_each(|half| self.ask(now, half));
         } else if let Some(token) = self.reads.fail_piece(id) {
             self.complete(token, Err(Failure::Io));
@@ -227,14 +249,26 @@ impl<T> Volume<T> {
 
     /// Asks another member where an answer takes unusually long.
     pub(super) fn hedge(&mut self, now: Time) {
-        let after = self.reads.hedge_after();
+        let after = self.reads.hedge_after(self.settings.read);
         let held = &self.reads.held;
         let late = |(id, p): &(&u64, &super::reads::Piece)| {
-            p.outstanding > 0 && now.saturating_sub(p.asked_at) > after && !held.iter().any(|h| h.piece == **id)
+            let asked_at = p.asked.last().map_or(now, |(_, at)| *at);
+            let is_late = p.outstanding > 0 && now.saturating_sub(asked_at) > after;
+            is_late && p.round.is_none() && !held.iter().any(|h| h.piece == **id)
         };
         let late: Vec<u64> = self.reads.pieces.iter().filter(late).map(|(id, _)| *id).collect();
         for piece in late {
             self.ask(now, piece);
+        }
+        self.conclude_late(now);
+    }
+
+    /// Takes back what nobody waits for any more.
+    pub(super) fn cancel_losers(&mut self) {
+        for (id, asked) in self.reads.take_retired() {
+            for peer in asked {
+                self.peers[peer].cancel(id);
+            }
         }
     }
 }

@@ -52,10 +52,14 @@ pub struct VolumeSettings {
 /// How many members a read is sent to at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadSpread {
-    /// To the member likely to be fastest; to the next if it takes unusually long.
+    /// To the member likely to be fastest; to the next if it takes unusually long: several times what most take.
     Adaptive,
     /// To all that can be asked; the first valid answer counts.
     Multicast,
+    /// To the member likely to be fastest; to the next if it takes longer than 95 of 100 answers do.
+    Hedged,
+    /// To all; what they say is compared.
+    Verify,
 }
 
 /// What a client asks for. Ranges lie within the volume and are not empty.

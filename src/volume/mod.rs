@@ -19,6 +19,7 @@
 mod acks;
 mod activation;
 mod command;
+mod compare;
 mod copying;
 mod dispatch;
 mod fresh_read;
@@ -29,12 +30,14 @@ mod notice;
 mod peer;
 mod precedence;
 mod rate;
+mod read_latency;
 mod reads;
 mod refusal;
 mod repair;
 mod resync;
 mod snapshot;
 mod survey;
+mod verify;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -473,7 +476,7 @@ impl<T> Volume<T> {
                 | RecordKind::Resize => range.length,
             };
             let piece = ByteRange { offset: range.offset + change.given_out, length: step };
-            if self.is_held_for_copy(piece, now) || self.repairs.holds(piece, now) {
+            if self.is_held_for_copy(piece, now) || self.is_held_for_reads(piece, now) {
                 return false;
             }
             let payload = match &change.request {
@@ -492,6 +495,12 @@ impl<T> Volume<T> {
         true
     }
 
+    /// Whether a change must wait for a read that changes have made useless too often.
+    fn is_held_for_reads(&self, range: ByteRange, now: Time) -> bool {
+        let compares = self.settings.read == ReadSpread::Verify;
+        self.repairs.holds(range, now) || (compares && self.reads.holds(range, now))
+    }
+
     /// Gives the next place to a record.
     fn append(&mut self, now: Time, kind: RecordKind, range: ByteRange, no_hole: bool, payload: Bytes) -> Seq {
         let log = self.log.as_mut().expect("places are given out after activation found the history");
@@ -502,6 +511,9 @@ impl<T> Volume<T> {
         if range.length > 0 {
             self.overlap_chunks(range);
             self.repairs.overlap(range, position.seq);
+            if self.settings.read == ReadSpread::Verify {
+                self.reads.overlap(range);
+            }
         }
         position.seq
     }
@@ -540,6 +552,7 @@ impl<T> Volume<T> {
             self.advance_resync(now);
             self.advance_resizing(now);
             self.advance_repairs(now);
+            self.cancel_losers();
             self.trim(now);
             self.choose_front();
             self.give_out(now);

@@ -64,6 +64,11 @@ pub enum Notice {
         /// What was wrong with it.
         what: Damage,
     },
+    /// Members hold different bytes, and none that most of them hold.
+    NoMajority {
+        /// First byte of the block.
+        offset: u64,
+    },
     /// A block is bad at all members.
     NoGoodCopy {
         /// First byte of the block.
@@ -223,6 +228,7 @@ impl Notice {
             Notice::LostData { .. }
             | Notice::ReadFailed { .. }
             | Notice::NoGoodCopy { .. }
+            | Notice::NoMajority { .. }
             | Notice::GivenUp { .. }
             | Notice::Frozen(true)
             | Notice::Space { full: true, .. } => Severity::Error,
@@ -249,6 +255,7 @@ impl Notice {
             | Notice::Space { replica, .. } => Some(replica),
             Notice::ViewInForce { .. }
             | Notice::NoGoodCopy { .. }
+            | Notice::NoMajority { .. }
             | Notice::GivenUp { .. }
             | Notice::SizeDiffers { .. }
             | Notice::Resized { .. }
@@ -274,6 +281,11 @@ impl fmt::Display for Notice {
             Notice::Repaired { offset, what, .. } => {
                 write!(f, "the block at byte {offset} is good again; what was found: it {what}")
             }
+            Notice::NoMajority { offset } => write!(
+                f,
+                "members hold different bytes in the block at byte {offset}, and none that most of them hold: who is right \
+                 cannot be told; have all of the wrong one copied anew (replica resync --full)"
+            ),
             Notice::NoGoodCopy { offset } => write!(
                 f,
                 "no member has a good copy of the block at byte {offset}: reads of it fail until all of it is written"

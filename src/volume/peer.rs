@@ -274,6 +274,20 @@ impl Peer {
         self.push_after(after, ToAgent::Read { id, what, offset: range.offset, length: range.length });
     }
 
+    /// Takes back a read that is still here, or lets the member know that nobody waits for it.
+    pub(super) fn cancel(&mut self, id: u64) {
+        if !self.reads.contains_key(&id) {
+            return;
+        }
+        let before = self.queued.len();
+        self.queued.retain(|q| !matches!(q.message, ToAgent::Read { id: queued, .. } if queued == id));
+        if self.queued.len() < before {
+            self.reads.remove(&id);
+        } else {
+            self.push_urgent(ToAgent::CancelRead { id });
+        }
+    }
+
     fn next_message(&mut self, log: Option<&Log>) -> Option<ToAgent> {
         if let Some(message) = self.urgent.pop_front() {
             return Some(message);

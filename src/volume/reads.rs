@@ -10,11 +10,17 @@ use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Seq};
 
-use super::{Answer, PeerId, Time};
+use super::fresh_read::FreshRead;
+use super::read_latency::ReadLatency;
+use super::{Answer, PeerId, ReadSpread, Time};
 
-/// A hedge is sent no sooner than this after the first question: below it a second question costs more than it saves.
-const HEDGE_MIN: Duration = Duration::from_millis(5);
+/// With `hedged` another member is asked no sooner than this after the first.
+const HEDGE_MIN: Duration = Duration::from_millis(1);
 const HEDGE_MAX: Duration = Duration::from_secs(1);
+/// With the other policies only an answer that takes so many times what 95 of 100 do is unusually late, and none that takes
+/// less than this: below it a second question costs more than it saves.
+const LATE_TIMES: u32 = 4;
+const LATE_MIN: Duration = Duration::from_millis(5);
 
 /// A part of a read.
 #[derive(Debug)]
@@ -22,18 +28,42 @@ pub(super) struct Piece {
     pub(super) read: u64,
     pub(super) what: ReadKind,
     pub(super) range: ByteRange,
-    /// Members asked, whether they answered or not.
-    pub(super) asked: Vec<PeerId>,
+    /// Members asked, whether they answered or not, and when.
+    pub(super) asked: Vec<(PeerId, Time)>,
     /// Of these, how many may still answer.
     pub(super) outstanding: usize,
-    pub(super) asked_at: Time,
     /// Members that answered with an error or a bad block, and where that is, as far as they said.
     pub(super) failed: Vec<(PeerId, Option<u64>)>,
+    /// If the answers of all members are compared.
+    pub(super) round: Option<Round>,
+}
+
+/// Members asked for the same blocks behind the same record.
+#[derive(Debug)]
+pub(super) struct Round {
+    /// Whether a record changed them meanwhile.
+    pub(super) read: FreshRead,
+    /// The record.
+    pub(super) seen: Seq,
+    /// The last record that an answer may show.
+    pub(super) applied: Seq,
+    pub(super) answers: Vec<(PeerId, Bytes)>,
+}
+
+impl Round {
+    fn new(read: FreshRead) -> Round {
+        Round { read, seen: Seq(0), applied: Seq(0), answers: Vec::new() }
+    }
 }
 
 impl Piece {
-    fn new(read: u64, what: ReadKind, range: ByteRange, now: Time) -> Piece {
-        Piece { read, what, range, asked: vec![], outstanding: 0, asked_at: now, failed: vec![] }
+    fn new(read: u64, what: ReadKind, range: ByteRange, compares: bool) -> Piece {
+        let round = compares.then(|| Round::new(FreshRead::new(range)));
+        Piece { read, what, range, asked: vec![], outstanding: 0, failed: vec![], round }
+    }
+
+    pub(super) fn was_asked(&self, peer: PeerId) -> bool {
+        self.asked.iter().any(|(asked, _)| *asked == peer)
     }
 
     pub(super) fn has_failed_at(&self, peer: PeerId) -> bool {
@@ -57,6 +87,7 @@ impl Piece {
                 | ReadOutcome::Prefetched
                 | ReadOutcome::ChecksumMismatch { .. }
                 | ReadOutcome::Unreadable { .. }
+                | ReadOutcome::Cancelled
                 | ReadOutcome::Failed,
             ) => None,
         }
@@ -75,6 +106,8 @@ pub(super) struct Held {
 #[derive(Debug)]
 struct ReadOp<T> {
     token: T,
+    /// What the client wants; the pieces may begin before and end after it.
+    wanted: ByteRange,
     /// The bytes of a read of several pieces, as far as they are there, by their first byte.
     parts: BTreeMap<u64, Bytes>,
     /// Pieces that are not there.
@@ -88,13 +121,21 @@ pub(super) struct Reads<T> {
     ops: BTreeMap<u64, ReadOp<T>>,
     pub(super) pieces: BTreeMap<u64, Piece>,
     pub(super) held: Vec<Held>,
-    /// Smoothed latency and its deviation, as TCP estimates them.
-    latency: Option<(Duration, Duration)>,
+    /// Names of pieces that nobody waits for any more, and members that may not have answered them.
+    retired: Vec<(u64, Vec<PeerId>)>,
+    latency: ReadLatency,
 }
 
 impl<T> Reads<T> {
     pub(super) fn new() -> Reads<T> {
-        Reads { next_id: 1, ops: BTreeMap::new(), pieces: BTreeMap::new(), held: Vec::new(), latency: None }
+        Reads {
+            next_id: 1,
+            ops: BTreeMap::new(),
+            pieces: BTreeMap::new(),
+            held: Vec::new(),
+            retired: Vec::new(),
+            latency: ReadLatency::new(),
+        }
     }
 
     /// A new name for a read.
@@ -104,31 +145,32 @@ impl<T> Reads<T> {
     }
 
     /// Begins a read; returns the ids of its pieces. What is not asked for its bytes is one piece: the beginning of a range
-    /// that is too long answers for the range.
-    pub(super) fn begin(&mut self, token: T, what: ReadKind, range: ByteRange, now: Time) -> Vec<u64> {
+    /// that is too long answers for the range. Bytes that are compared are those of whole blocks.
+    pub(super) fn begin(&mut self, token: T, what: ReadKind, range: ByteRange, compares: bool) -> Vec<u64> {
         let piece_bytes = what.bytes_max();
         let length = match what {
             ReadKind::Data => range.length,
             ReadKind::Extents | ReadKind::Prefetch => range.length.min(piece_bytes),
         };
-        let range = ByteRange { length, ..range };
+        let wanted = ByteRange { length, ..range };
+        let range = if compares { wanted.aligned(BLOCK_BYTES) } else { wanted };
         let read = self.id();
         let mut pieces = Vec::new();
         let mut offset = range.offset;
         while offset < range.end() {
             let length = piece_bytes.min(range.end() - offset);
             let id = self.id();
-            self.pieces.insert(id, Piece::new(read, what, ByteRange { offset, length }, now));
+            self.pieces.insert(id, Piece::new(read, what, ByteRange { offset, length }, compares));
             pieces.push(id);
             offset += length;
         }
-        self.ops.insert(read, ReadOp { token, missing: pieces.len(), parts: BTreeMap::new() });
+        self.ops.insert(read, ReadOp { token, wanted, missing: pieces.len(), parts: BTreeMap::new() });
         pieces
     }
 
     /// Makes two of a piece that no member has all of; returns their ids. `None` if that is of no use: it is one block, or
     /// nothing that has bytes, or all members failed at the same block.
-    pub(super) fn split(&mut self, id: u64, now: Time) -> Option<[u64; 2]> {
+    pub(super) fn split(&mut self, id: u64) -> Option<[u64; 2]> {
         let piece = self.pieces.get(&id)?;
         let whole = piece.range.aligned(BLOCK_BYTES);
         let blocks = whole.length / BLOCK_BYTES;
@@ -144,21 +186,60 @@ impl<T> Reads<T> {
         Some(ends.map(|(offset, end)| {
             let half = self.id();
             let range = ByteRange { offset, length: end - offset };
-            self.pieces.insert(half, Piece::new(piece.read, piece.what, range, now));
+            self.pieces.insert(half, Piece::new(piece.read, piece.what, range, piece.round.is_some()));
             half
         }))
     }
 
+    fn take_piece(&mut self, id: u64) -> Option<Piece> {
+        let piece = self.pieces.remove(&id)?;
+        if piece.outstanding > 0 {
+            self.retired.push((id, piece.asked.iter().map(|(peer, _)| *peer).collect()));
+        }
+        Some(piece)
+    }
+
+    /// What nobody waits for any more since this was last asked.
+    pub(super) fn take_retired(&mut self) -> Vec<(u64, Vec<PeerId>)> {
+        std::mem::take(&mut self.retired)
+    }
+
+    /// Gives a piece another name, under which all members that did not fail are to be asked anew: answers to the old one
+    /// are of no use.
+    pub(super) fn renew(&mut self, id: u64) -> Option<u64> {
+        let mut piece = self.take_piece(id)?;
+        let again = self.id();
+        piece.outstanding = 0;
+        piece.asked.clear();
+        piece.round = piece.round.map(|round| Round::new(round.read));
+        self.pieces.insert(again, piece);
+        Some(again)
+    }
+
+    /// A record was given out that changes `range`.
+    pub(super) fn overlap(&mut self, range: ByteRange) {
+        self.pieces.values_mut().filter_map(|p| p.round.as_mut()).for_each(|round| round.read.overlap(range));
+    }
+
+    /// Whether changes of `range` must wait for a comparison that changes have made useless too often.
+    pub(super) fn holds(&self, range: ByteRange, now: Time) -> bool {
+        self.pieces.values().filter_map(|p| p.round.as_ref()).any(|round| round.read.holds(range, now))
+    }
+
     /// Ends a piece with its answer; returns the request if that was its last.
     pub(super) fn finish_piece(&mut self, piece: u64, answer: Answer) -> Option<(T, Answer)> {
-        let piece = self.pieces.remove(&piece)?;
+        let piece = self.take_piece(piece)?;
         let op = self.ops.get_mut(&piece.read)?;
         op.missing -= 1;
         match answer {
             Answer::Data(data) if op.missing > 0 || !op.parts.is_empty() => {
                 op.parts.insert(piece.range.offset, data);
             }
-            Answer::Data(_) | Answer::Extents(_) | Answer::Done => {
+            Answer::Data(data) => {
+                let op = self.ops.remove(&piece.read)?;
+                return Some((op.token, Answer::Data(cut(data, piece.range.offset, op.wanted))));
+            }
+            Answer::Extents(_) | Answer::Done => {
                 return self.ops.remove(&piece.read).map(|op| (op.token, answer));
             }
         }
@@ -166,11 +247,12 @@ impl<T> Reads<T> {
             return None;
         }
         let op = self.ops.remove(&piece.read)?;
+        let begin = *op.parts.first_key_value()?.0;
         let mut whole = BytesMut::with_capacity(op.parts.values().map(Bytes::len).sum());
         for part in op.parts.into_values() {
             whole.extend_from_slice(&part);
         }
-        Some((op.token, Answer::Data(whole.freeze())))
+        Some((op.token, Answer::Data(cut(whole.freeze(), begin, op.wanted))))
     }
 
     /// Ends the whole read of a piece without data.
@@ -180,7 +262,8 @@ impl<T> Reads<T> {
     }
 
     fn drop_read(&mut self, read: u64) -> Option<T> {
-        self.pieces.retain(|_, p| p.read != read);
+        let ended: Vec<u64> = self.pieces.iter().filter(|(_, p)| p.read == read).map(|(id, _)| *id).collect();
+        ended.into_iter().for_each(|id| drop(self.take_piece(id)));
         let pieces = &self.pieces;
         self.held.retain(|h| pieces.contains_key(&h.piece));
         self.ops.remove(&read).map(|op| op.token)
@@ -188,23 +271,37 @@ impl<T> Reads<T> {
 
     /// Takes all requests.
     pub(super) fn take_all(&mut self) -> Vec<T> {
-        self.pieces.clear();
+        let ended: Vec<u64> = self.pieces.keys().copied().collect();
+        ended.into_iter().for_each(|id| drop(self.take_piece(id)));
         self.held.clear();
         std::mem::take(&mut self.ops).into_values().map(|op| op.token).collect()
     }
 
-    pub(super) fn note_latency(&mut self, sample: Duration) {
-        self.latency = Some(match self.latency {
-            None => (sample, sample / 2),
-            Some((mean, deviation)) => {
-                let error = mean.abs_diff(sample);
-                (mean * 7 / 8 + sample / 8, deviation * 3 / 4 + error / 4)
-            }
-        });
+    /// A member answered a piece. Of those that were asked before it and are still to answer it is known by now that they
+    /// take longer.
+    pub(super) fn note_latency(&mut self, piece: u64, peer: PeerId, now: Time) {
+        let Some(piece) = self.pieces.get(&piece) else { return };
+        let Some(index) = piece.asked.iter().position(|(asked, _)| *asked == peer) else { return };
+        let counts = |(asked, _): &&(PeerId, Time)| *asked == peer || !piece.has_failed_at(*asked);
+        for (_, asked_at) in piece.asked[..=index].iter().filter(counts) {
+            self.latency.note(now.saturating_sub(*asked_at));
+        }
     }
 
     /// How long to wait for an answer before another member is asked.
-    pub(super) fn hedge_after(&self) -> Duration {
-        self.latency.map_or(HEDGE_MIN * 4, |(mean, deviation)| (mean + deviation * 4).clamp(HEDGE_MIN, HEDGE_MAX))
+    pub(super) fn hedge_after(&self, spread: ReadSpread) -> Duration {
+        let p95 = self.latency.p95();
+        match spread {
+            ReadSpread::Hedged => p95.unwrap_or(LATE_MIN).clamp(HEDGE_MIN, HEDGE_MAX),
+            ReadSpread::Adaptive | ReadSpread::Multicast | ReadSpread::Verify => {
+                p95.map_or(LATE_MIN * LATE_TIMES, |p95| (p95 * LATE_TIMES).clamp(LATE_MIN, HEDGE_MAX))
+            }
+        }
     }
+}
+
+/// The part of `data`, which begins at `begin`, that is wanted.
+fn cut(data: Bytes, begin: u64, wanted: ByteRange) -> Bytes {
+    let at = (wanted.offset - begin) as usize;
+    data.slice(at..at + wanted.length as usize)
 }

@@ -69,9 +69,11 @@ pub(super) fn bad_block(outcome: &ReadOutcome, range: ByteRange) -> Option<(u64,
     let (offset, what) = match outcome {
         ReadOutcome::ChecksumMismatch { offset } => (*offset, Damage::ChecksumMismatch),
         ReadOutcome::Unreadable { offset } => (*offset, Damage::Unreadable),
-        ReadOutcome::Data { .. } | ReadOutcome::Extents(_) | ReadOutcome::Prefetched | ReadOutcome::Failed => {
-            return None;
-        }
+        ReadOutcome::Data { .. }
+        | ReadOutcome::Extents(_)
+        | ReadOutcome::Prefetched
+        | ReadOutcome::Cancelled
+        | ReadOutcome::Failed => return None,
     };
     let whole = range.aligned(BLOCK_BYTES);
     let is_in_it = offset.is_multiple_of(BLOCK_BYTES) && (whole.offset..whole.end()).contains(&offset);

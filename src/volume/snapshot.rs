@@ -71,6 +71,8 @@ pub struct PeerSnapshot {
     pub checksum_errors: u64,
     /// Of these, blocks that are good again.
     pub repaired_blocks: u64,
+    /// Reads it was asked for and has not answered.
+    pub reads_outstanding: usize,
     /// How far the copying to it is.
     pub resync: Option<ResyncSnapshot>,
     /// Why it was last refused or lost, while it is not in order.
@@ -160,6 +162,7 @@ impl<T> Volume<T> {
             lag_ms: waiting.map_or(0, |at| now.saturating_sub(at).as_millis() as u64),
             checksum_errors: peer.checksum_errors,
             repaired_blocks: peer.repaired_blocks,
+            reads_outstanding: peer.reads.len(),
             resync: resync.map(Resync::snapshot),
             trouble: if peer.is_kept_out {
                 Some(BAD_BLOCKS.to_owned())

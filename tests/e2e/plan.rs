@@ -20,6 +20,8 @@ pub struct Plan {
     pub on_lag: &'static str,
     pub freeze_ms: u64,
     pub resync_rate_min: u64,
+    /// Which replicas reads are sent to.
+    pub read: &'static str,
     pub replicas: usize,
     pub ack_write: &'static str,
     pub ack_flush: &'static str,
@@ -38,6 +40,7 @@ impl Default for Plan {
             on_lag: "drop",
             freeze_ms: 60_000,
             resync_rate_min: 8 << 20,
+            read: "adaptive",
             replicas: 3,
             ack_write: "first",
             ack_flush: "first",
@@ -58,7 +61,8 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
         "{agents}[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{}KiB\"\njournal_size = \"{}KiB\"\n\
          ack = {{ write = \"{}\", flush = \"{}\" }}\nlag_bytes_max = \"{}KiB\"\nlag_ms_max = {}\n\
-         on_lag = \"{}\"\nfreeze_ms = {}\nresync_rate_min = \"{}KiB\"\nlease_ms = 500\n",
+         on_lag = \"{}\"\nfreeze_ms = {}\nresync_rate_min = \"{}KiB\"\nlease_ms = 500\n\
+         read = \"{}\"\n",
         plan.size >> 10,
         plan.journal_size >> 10,
         plan.ack_write,
@@ -68,6 +72,7 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
         plan.on_lag,
         plan.freeze_ms,
         plan.resync_rate_min >> 10,
+        plan.read,
     );
     for (name, place) in replicas {
         let _ = write!(text, "\n[[volume.replica]]\nname = \"{name}\"\n{place}\n");

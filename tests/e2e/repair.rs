@@ -21,8 +21,8 @@ fn content(block: u64) -> Vec<u8> {
 }
 
 /// A cluster whose replicas all have so many blocks in their images.
-fn written() -> (Cluster, Client) {
-    let cluster = Cluster::serving(Plan::default());
+fn written(read: &'static str) -> (Cluster, Client) {
+    let cluster = Cluster::serving(Plan { read, ..Plan::default() });
     let mut client = cluster.connect();
     for block in 0..BLOCKS {
         client.write(block * BLOCK, &content(block), 0).expect("a write");
@@ -53,7 +53,7 @@ fn flip(image: &Path, offset: u64) {
 #[test]
 fn a_flipped_bit_is_never_seen_and_is_repaired_in_the_image() {
     let _turn = scratch::shared_machine();
-    let (mut cluster, mut client) = written();
+    let (mut cluster, mut client) = written("adaptive");
     let image = cluster.agent("a").image();
     let bad = [3, 17, 40];
     for block in bad {
@@ -89,7 +89,7 @@ fn a_flipped_bit_is_never_seen_and_is_repaired_in_the_image() {
 #[test]
 fn a_block_that_is_bad_on_all_replicas_fails_alone_until_it_is_written() {
     let _turn = scratch::shared_machine();
-    let (mut cluster, mut client) = written();
+    let (mut cluster, mut client) = written("adaptive");
     for name in cluster.names() {
         flip(&cluster.agent(name).image(), 7 * BLOCK + 99);
     }
@@ -108,4 +108,53 @@ fn a_block_that_is_bad_on_all_replicas_fails_alone_until_it_is_written() {
     });
     client.disconnect();
     cluster.end_well();
+}
+
+/// Puts one block in the place of another, with its checksum, as a disk does that mixes up where it writes. The agent must
+/// not run.
+fn misplace(replica: &Path, from: u64, to: u64) {
+    for (name, bytes) in [("image.raw", BLOCK), ("checksums", 4)] {
+        let file = File::options().read(true).write(true).open(replica.join(name)).expect("a file of the replica");
+        let mut content = vec![0; bytes as usize];
+        file.read_exact_at(&mut content, from * bytes).expect("a block of it");
+        file.write_all_at(&content, to * bytes).expect("another block of it");
+        file.sync_all().expect("another block of it");
+    }
+}
+
+#[test]
+fn a_write_that_a_disk_put_elsewhere_is_found_by_comparing_and_repaired() {
+    let _turn = scratch::shared_machine();
+    let (mut cluster, mut client) = written("verify");
+    cluster.agent_mut("c").stop();
+    misplace(&cluster.agent("c").replica(), 9, 4);
+    cluster.agent_mut("c").start();
+    cluster.wait_caught_up("c");
+    for block in 0..BLOCKS {
+        assert_eq!(client.read(block * BLOCK, BLOCK as u32).expect("a read"), content(block), "block {block}");
+    }
+    scratch::wait_until("it is repaired", LIMIT, || cluster.status().replica("c").repaired_blocks == 1);
+    cluster.assert_event(&["c: ", &format!("the block at byte {}", 4 * BLOCK), "is not what most members hold"]);
+    let errors = |name: &str| cluster.status().replica(name).checksum_errors;
+    assert_eq!(["a", "b", "c"].map(errors), [0, 0, 1]);
+    client.disconnect();
+    cluster.end_well();
+}
+
+#[test]
+fn all_read_policies_answer_what_was_written_while_a_replica_hangs() {
+    let _turn = scratch::shared_machine();
+    for read in ["adaptive", "hedged", "multicast", "verify"] {
+        let (mut cluster, mut client) = written(read);
+        cluster.agent("a").process().freeze();
+        for block in 0..3 {
+            assert_eq!(client.read(block * BLOCK, BLOCK as u32).expect("a read"), content(block), "{read}");
+        }
+        cluster.agent("a").process().thaw();
+        for block in 0..BLOCKS {
+            assert_eq!(client.read(block * BLOCK, BLOCK as u32).expect("a read"), content(block), "{read}");
+        }
+        client.disconnect();
+        cluster.end_well();
+    }
 }

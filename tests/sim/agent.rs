@@ -34,6 +34,8 @@ pub struct Agent {
     pub starts_at: Option<Time>,
     /// It dies when it next writes pages of its dirty bitmaps; whether in a power cut.
     pub dies_at_checkpoint: Option<bool>,
+    /// Reads that were at work.
+    pub reads_done: u64,
     /// First bytes of blocks whose bits were flipped.
     pub rotten: Vec<u64>,
 }
@@ -66,6 +68,7 @@ impl Agent {
             cut_off_until: Time::ZERO,
             starts_at: None,
             dies_at_checkpoint: None,
+            reads_done: 0,
             rotten: Vec::new(),
         }
     }
@@ -298,6 +301,7 @@ impl World {
             }
             Job::Read(job) => {
                 let outcome = process.image.read(job.what, job.range);
+                agent.reads_done += 1;
                 // After a failed sync blocks may be anything; nobody is answered any more. So may blocks that are still to
                 // be copied: no journal repairs what a crash left of an earlier copy.
                 if let ReadOutcome::ChecksumMismatch { offset } | ReadOutcome::Unreadable { offset } = outcome

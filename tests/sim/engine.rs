@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use nbdcast::volume::{Answer, Command, CommandRefusal, Event, Failure, ReadSpread, Volume, VolumeSettings};
+use nbdcast::volume::{Answer, Command, CommandRefusal, Event, Failure, Volume, VolumeSettings};
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, ToAgent, ToEngine};
 
@@ -61,7 +61,7 @@ fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
         replicas: (0..setup.replicas).map(replica_name).collect(),
         ack_write,
         ack_flush,
-        read: if setup.multicast { ReadSpread::Multicast } else { ReadSpread::Adaptive },
+        read: setup.read,
         lag_bytes_max: setup.lag_bytes_max,
         lag_max: setup.lag_max,
         throttle: setup.throttle,

@@ -14,6 +14,7 @@ mod engine;
 mod net;
 mod obstacles;
 mod oracle;
+mod policies;
 mod repairs;
 mod resync;
 mod rng;

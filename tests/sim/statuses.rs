@@ -2,7 +2,7 @@
 //! member that could be wrong.
 
 use listener_agent::disk::RawFile;
-use nbdcast::volume::{Answer, DropReason, Zeroing};
+use nbdcast::volume::{Answer, DropReason, ReadSpread, Zeroing};
 use protocol::checksum::stored_block_checksum;
 use protocol::extents::{Allocation, EXTENTS_MAX, Extent};
 use protocol::message::ReadOutcome;
@@ -29,8 +29,8 @@ fn a_status_tells_blocks_that_were_written_from_those_that_are_zero() {
 
 #[test]
 fn a_status_right_after_a_write_shows_it_though_the_other_members_stand_still() {
-    for (seed, multicast) in [(2002, false), (2003, true)] {
-        let mut w = serving(Setup { multicast, ..Setup::quiet(seed, AckPolicy::First) });
+    for (seed, read) in [(2002, ReadSpread::Adaptive), (2003, ReadSpread::Multicast)] {
+        let mut w = serving(Setup { read, ..Setup::quiet(seed, AckPolicy::First) });
         // They are asked first, and have neither the record nor the time.
         w.stall_agent(0, ms(1500));
         w.stall_agent(1, ms(1500));

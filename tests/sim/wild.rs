@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use nbdcast::volume::{Command, Failure, Notice};
+use nbdcast::volume::ReadSpread::{Adaptive, Hedged, Multicast, Verify};
+use nbdcast::volume::{Command, Damage, Failure, Notice};
 use protocol::{AckPolicy, Epoch, Position, Seq};
 
 use crate::check;
@@ -25,7 +26,7 @@ pub fn setup(seed: u64) -> Setup {
         ack_write,
         ack_flush,
         policies_change: rng.percent(25),
-        multicast: rng.percent(40),
+        read: rng.pick(&[Adaptive, Adaptive, Multicast, Multicast, Hedged, Verify]),
         lag_bytes_max: rng.pick(&[journal_bytes / 8, journal_bytes / 4, journal_bytes / 2]),
         lag_max: ms(rng.pick(&[200, 1000, 5000])),
         throttle: rng.percent(30),
@@ -113,6 +114,13 @@ fn live(world: &mut World) {
     let back = world.run_until(limit * 4, |w| w.engines[engine].volume.snapshot(w.now).view.len() == everyone);
     assert!(back || rotten(world), "replicas do not come back into the view though everything is up");
     assert!(world.run_until(limit, |w| check::is_quiet(w, engine)), "members do not become equal");
+    let answered = world.run_until(limit, |w| w.reads_outstanding(engine) == 0);
+    assert!(answered, "{} reads are not answered by members, cancelled or not", world.reads_outstanding(engine));
+    let false_alarm = world
+        .notices
+        .iter()
+        .find(|n| matches!(n, Notice::BadBlock { what: Damage::Differs, .. } | Notice::NoMajority { .. }));
+    assert_eq!(false_alarm, None, "all that was done to blocks is found by their checksums");
 }
 
 fn rotten(world: &World) -> bool {
@@ -120,6 +128,11 @@ fn rotten(world: &World) -> bool {
 }
 
 impl World {
+    /// Reads that members have not answered.
+    pub fn reads_outstanding(&self, engine: usize) -> usize {
+        self.engines[engine].volume.snapshot(self.now).peers.iter().map(|p| p.reads_outstanding).sum()
+    }
+
     /// Something goes wrong, and the next thing is planned.
     pub fn draw_fault(&mut self) {
         let syncing = (0..self.agents.len()).find(|a| self.is_syncing(*a));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use listener_agent::directory::NewReplica;
 use listener_agent::superblock::Identity;
-use nbdcast::volume::{Notice, StartRefusal};
+use nbdcast::volume::{Notice, ReadSpread, StartRefusal};
 use protocol::{AckPolicy, Record, ReplicaName, View, VolumeUuid};
 
 use crate::agent::Agent;
@@ -52,7 +52,7 @@ pub struct Setup {
     pub ack_flush: AckPolicy,
     /// Each engine is configured with ack policies of its own.
     pub policies_change: bool,
-    pub multicast: bool,
+    pub read: ReadSpread,
     pub lag_bytes_max: u64,
     pub lag_max: Duration,
     pub throttle: bool,
@@ -84,7 +84,7 @@ impl Setup {
             ack_write: ack,
             ack_flush: ack,
             policies_change: false,
-            multicast: false,
+            read: ReadSpread::Adaptive,
             lag_bytes_max: 64 << 10,
             lag_max: ms(2000),
             throttle: false,

@@ -331,6 +331,7 @@ impl Replica {
             | ToAgent::Synced
             | ToAgent::ListDirty { .. }
             | ToAgent::Extend { .. }
+            | ToAgent::CancelRead { .. }
                 if self.current != Some(session) =>
             {
                 self.refuse_fenced(session);
@@ -368,6 +369,7 @@ impl Replica {
                 self.outbox.push_back((session, ToEngine::Dirty(self.dirty.list(&subject, from))));
             }
             ToAgent::Extend { size_bytes } => self.on_extend(session, size_bytes),
+            ToAgent::CancelRead { id } => self.on_cancel_read(session, id),
         }
     }
 
@@ -574,6 +576,14 @@ impl Replica {
         match record.max(self.copies.last_on(range)) {
             Some(place) => self.reads.wait_for(place, job),
             None => self.reads.make_ready(job),
+        }
+    }
+
+    /// What is not at work is not begun, and answered at once: the engine counts on one answer for each read.
+    fn on_cancel_read(&mut self, session: SessionId, id: u64) {
+        if self.reads.cancel(session, id) {
+            let (applied, outcome) = (self.applied.seq, ReadOutcome::Cancelled);
+            self.outbox.push_back((session, ToEngine::ReadDone { id, applied, outcome }));
         }
     }
 

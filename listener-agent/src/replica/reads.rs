@@ -101,6 +101,18 @@ impl ReadQueue {
         self.active.iter().chain(&self.ready).any(|a| a.looks() && a.range.shares_block(range))
     }
 
+    /// Forgets a read that is not at work; whether there was one.
+    pub(super) fn cancel(&mut self, session: SessionId, id: u64) -> bool {
+        let before = self.len();
+        let is_other = |job: &ReadJob| job.session != session || job.id != id;
+        for jobs in self.waiting.values_mut() {
+            jobs.retain(is_other);
+        }
+        self.waiting.retain(|_, jobs| !jobs.is_empty());
+        self.ready.retain(is_other);
+        self.len() < before
+    }
+
     /// Forgets what other sessions asked for and what is not at work yet.
     pub(super) fn drop_session(&mut self, session: SessionId) {
         for jobs in self.waiting.values_mut() {

@@ -222,6 +222,38 @@ fn a_status_sees_the_records_before_it_and_holds_up_those_behind_it() {
 }
 
 #[test]
+fn a_cancelled_read_is_answered_once_and_holds_up_nothing_unless_it_is_at_work() {
+    let mut r = promised();
+    let read = |id| ToAgent::Read { id, what: ReadKind::Data, offset: 0, length: 512 };
+    let cancelled = |id, applied| {
+        let outcome = ReadOutcome::Cancelled;
+        (1, ToEngine::ReadDone { id, applied: Seq(applied), outcome })
+    };
+    r.handle(NOW, 1, read(6));
+    append(&mut r, 1, 0);
+    r.handle(NOW, 1, read(7));
+    write_group(&mut r);
+    said(&mut r);
+    for id in [7, 7, 99] {
+        r.handle(NOW, 1, ToAgent::CancelRead { id });
+    }
+    assert_eq!(said(&mut r), [cancelled(7, 0)], "it waited for a record");
+    let at_work = r.next_read().unwrap();
+    r.handle(NOW, 1, ToAgent::CancelRead { id: 6 });
+    assert!(said(&mut r).is_empty() && r.next_apply(NOW).is_none(), "it is at work");
+    r.read_done(at_work, ReadOutcome::Failed);
+    assert_eq!(said(&mut r).len(), 1);
+    apply(&mut r);
+    r.handle(NOW, 1, read(8));
+    append(&mut r, 2, 0);
+    write_group(&mut r);
+    said(&mut r);
+    r.handle(NOW, 1, ToAgent::CancelRead { id: 8 });
+    assert_eq!(said(&mut r), [cancelled(8, 1)], "it was ready");
+    assert!(r.next_apply(NOW).is_some());
+}
+
+#[test]
 fn a_prefetch_waits_for_nothing_and_holds_up_nothing() {
     let mut r = promised();
     append(&mut r, 1, 0);

@@ -150,6 +150,7 @@ impl<T> Volume<T> {
             | ReadOutcome::Prefetched
             | ReadOutcome::ChecksumMismatch { .. }
             | ReadOutcome::Unreadable { .. }
+            | ReadOutcome::Cancelled
             | ReadOutcome::Failed => {
                 let Some((range, failed)) = copying.read_failed(id, peer) else { return false };
                 self.chunk_failed(now, peer, seen, bad_block(outcome, range), failed);

@@ -1,0 +1,116 @@
+//! Reads that are compared: all members are asked for the same whole blocks, behind the same record. Nobody is believed
+//! alone where several can be asked.
+//!
+//! Answers can differ because records were applied meanwhile that one of them shows and another does not; they are then
+//! asked for again, and after a few tries such changes wait ([`super::fresh_read`]). Differing otherwise, a block is what
+//! most members hold, and is repaired where it is not; without a majority the read fails.
+
+use bytes::Bytes;
+use protocol::message::ReadKind;
+use protocol::ranges::ByteRange;
+use protocol::{BLOCK_BYTES, Seq};
+
+use super::compare::{self, Compared};
+use super::peer::READS_OUTSTANDING_MAX;
+use super::reads::Held;
+use super::repair::{Damage, Finding};
+use super::{Answer, Failure, Notice, PeerId, Time, Volume};
+
+/// A member that has not answered for so long is not waited for, if two others have.
+const PATIENCE: Time = Time::from_millis(1000);
+
+impl<T> Volume<T> {
+    /// Asks all members for a piece that is compared; none of them as long as one cannot be asked just now.
+    pub(super) fn ask_all(&mut self, now: Time, id: u64) {
+        let Some(piece) = self.reads.pieces.get(&id).filter(|p| p.outstanding == 0) else { return };
+        let Some(membership) = &self.membership else { return };
+        let can = |(peer, p): &(PeerId, &super::Peer)| {
+            p.is_ready_member() && membership.in_force.contains(&p.name) && !piece.has_failed_at(*peer)
+        };
+        let members: Vec<PeerId> = self.peers.iter().enumerate().filter(can).map(|(peer, _)| peer).collect();
+        if members.iter().any(|peer| self.peers[*peer].reads.len() >= READS_OUTSTANDING_MAX) {
+            return;
+        }
+        let last = self.last_given_out();
+        let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
+        let (range, Some(round)) = (piece.range, &mut piece.round) else { return };
+        round.read.ask(id, now);
+        round.seen = last;
+        for peer in members {
+            piece.asked.push((peer, now));
+            piece.outstanding += 1;
+            self.peers[peer].ask(last, id, ReadKind::Data, range);
+        }
+    }
+
+    /// One of the members asked has answered, or will not.
+    pub(super) fn advance_comparison(&mut self, now: Time, id: u64) {
+        let is_held = self.reads.held.iter().any(|h| h.piece == id);
+        let Some(piece) = self.reads.pieces.get_mut(&id).filter(|p| p.outstanding == 0 && !is_held) else { return };
+        let has_answers = piece.round.as_ref().is_some_and(|round| !round.answers.is_empty());
+        if has_answers {
+            self.conclude(now, id);
+        } else {
+            self.ask_all(now, id);
+            self.fail_if_hopeless(now, id);
+        }
+    }
+
+    /// Compares what is there.
+    fn conclude(&mut self, now: Time, id: u64) {
+        let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
+        let (range, Some(round)) = (piece.range, &mut piece.round) else { return };
+        let is_fresh = round.read.finish();
+        if !is_fresh && !compare::are_equal(&round.answers) {
+            if let Some(again) = self.reads.renew(id) {
+                self.ask_all(now, again);
+            }
+            return;
+        }
+        let Compared { data, differences, ties } = compare::compare(range.offset, &round.answers);
+        let (seen, applied) = (round.seen, round.applied);
+        for difference in differences {
+            let blocks = ByteRange { offset: difference.block, length: BLOCK_BYTES };
+            let good = Some(difference.good);
+            self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, seen });
+        }
+        for offset in ties {
+            self.notice(Notice::NoMajority { offset });
+        }
+        match data {
+            Some(data) => {
+                let until = self.must_be_committed(range, applied);
+                self.answer_or_hold(now, Held { piece: id, answer: Answer::Data(data), until });
+            }
+            None => {
+                if let Some(token) = self.reads.fail_piece(id) {
+                    self.complete(token, Err(Failure::Io));
+                }
+            }
+        }
+    }
+
+    /// Takes a member's answer.
+    pub(super) fn compare_with(&mut self, now: Time, id: u64, peer: PeerId, applied: Seq, data: Bytes) {
+        let round = self.reads.pieces.get_mut(&id).and_then(|piece| piece.round.as_mut());
+        if let Some(round) = round {
+            round.answers.push((peer, data));
+            round.applied = round.applied.max(applied);
+        }
+        self.advance_comparison(now, id);
+    }
+
+    /// Goes on without members that do not answer.
+    pub(super) fn conclude_late(&mut self, now: Time) {
+        let held = &self.reads.held;
+        let late = |(id, p): &(&u64, &super::reads::Piece)| {
+            let asked_at = p.asked.last().map_or(now, |(_, at)| *at);
+            p.outstanding > 0
+                && p.round.as_ref().is_some_and(|round| round.answers.len() >= 2)
+                && now.saturating_sub(asked_at) > PATIENCE
+                && !held.iter().any(|h| h.piece == **id)
+        };
+        let late: Vec<u64> = self.reads.pieces.iter().filter(late).map(|(id, _)| *id).collect();
+        late.into_iter().for_each(|id| self.conclude(now, id));
+    }
+}
