@@ -117,6 +117,7 @@ impl<T> Volume<T> {
             }
         }
         self.membership = Some(Membership { in_force: view.clone(), pending: None });
+        self.repairs.reconsider();
         self.notice(Notice::ViewInForce { view, seq });
     }
 

@@ -21,7 +21,7 @@ pub(super) struct ReadLatency {
 }
 
 fn bucket_of(sample: Duration) -> usize {
-    let us = u64::try_from(sample.as_micros()).unwrap_or(u64::MAX).max(FIRST_US);
+    let us = u64::try_from(sample.as_micros()).unwrap_or(u64::MAX).clamp(FIRST_US, FIRST_US << OCTAVES);
     let octave = (us / FIRST_US).ilog2() as usize;
     let part = (us - (FIRST_US << octave)) * PER_OCTAVE as u64 / (FIRST_US << octave);
     (octave * PER_OCTAVE + part as usize).min(BUCKETS - 1)

@@ -102,7 +102,7 @@ enum Step {
     Seek,
     /// This record makes it good wherever it is durable.
     Given(Seq),
-    /// No member has a good copy. Only a change of the whole block ends that.
+    /// No member has a good copy. A change of the whole block ends that, or another member.
     Hopeless,
 }
 
@@ -201,6 +201,14 @@ impl Repairs {
     fn read_lost(&mut self, id: u64) {
         if let Some((_, repair)) = self.find_read(id) {
             repair.read.lose();
+        }
+    }
+
+    /// There is another member: it may have good copies of what no other has.
+    pub(super) fn reconsider(&mut self) {
+        for repair in self.blocks.values_mut().filter(|repair| repair.step == Step::Hopeless) {
+            repair.step = Step::Seek;
+            repair.failed.clear();
         }
     }
 

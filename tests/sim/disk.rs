@@ -200,7 +200,7 @@ impl RawFile for SimFile {
         }
         bytes.rewrite(offset as usize, length);
         if bytes.is_unreadable(offset as usize, length) {
-            return Err(broken());
+            return outcome.and(Err(broken()));
         }
         bytes.put(offset as usize, &data[..length], rng);
         outcome

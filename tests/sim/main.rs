@@ -67,6 +67,7 @@ struct Tally {
     zero_sectors: u64,
     drops: u64,
     returns: u64,
+    repairs: u64,
 }
 
 impl Tally {
@@ -78,6 +79,7 @@ impl Tally {
         self.zero_sectors += world.oracle.zero_sectors_shown;
         self.drops += wild::drops(world);
         self.returns += wild::returns(world);
+        self.repairs += wild::repairs(world);
     }
 }
 
@@ -125,14 +127,14 @@ fn random_faults_lose_nothing_and_heal() {
     let sum = |of: fn(&Tally) -> u64| tallies.iter().map(of).sum::<u64>();
     let (seeds, activations, writes) = (sum(|t| t.seeds), sum(|t| t.activations), sum(|t| t.writes));
     let (reads, drops, returns) = (sum(|t| t.reads), sum(|t| t.drops), sum(|t| t.returns));
-    let zero_sectors = sum(|t| t.zero_sectors);
+    let (zero_sectors, repairs) = (sum(|t| t.zero_sectors), sum(|t| t.repairs));
     println!(
-        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns"
+        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns, {repairs} repairs"
     );
     // A simulation in which nothing happens proves nothing.
     assert_eq!(seeds, count);
     assert!(activations > count && writes > count * 20 && reads > count * 10 && returns * 4 > count);
-    assert!(zero_sectors > count * 10);
+    assert!(zero_sectors > count * 10 && repairs * 4 > count);
 }
 
 #[test]

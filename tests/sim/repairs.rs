@@ -147,6 +147,25 @@ fn a_block_that_is_bad_everywhere_fails_alone_and_its_neighbours_are_read() {
 }
 
 #[test]
+fn a_member_that_comes_back_brings_good_copies_of_what_was_lost_without_it() {
+    let mut w = serving(Setup { replicas: 2, ..Setup::quiet(3307, AckPolicy::First) });
+    let token = w.write(0, 0, 4 * BLOCK, false);
+    w.done(0, token);
+    w.is_quiet();
+    w.rot(0, 4096);
+    w.kill_agent(1, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a"));
+    let read = w.read(0, BLOCK, BLOCK);
+    assert!(w.run_until(LONG, |w| w.answer(0, read) == Some(&Err(Failure::Io))));
+    assert!(w.run_until(LONG, |w| w.has_said(&Notice::NoGoodCopy { offset: 4096 })));
+    w.start_agent(1);
+    w.everyone_is_back(0);
+    assert_eq!(w.read_now(0, BLOCK, BLOCK), payload(token, BLOCK, BLOCK));
+    w.is_repaired(0, 1);
+    w.all_is_good();
+}
+
+#[test]
 fn a_range_whose_blocks_are_bad_at_different_members_is_put_together() {
     let mut w = serving(Setup::quiet(3303, AckPolicy::First));
     let token = w.write(0, 0, 16 * BLOCK, false);
