@@ -328,7 +328,7 @@ impl Shared {
     }
 
     fn write_group(&self, job: &GroupJob, buffer: &mut AlignedBuffer) -> io::Result<()> {
-        group::encode_into(job.salt, job.generation, &job.records, buffer);
+        group::encode_into(job.salt, job.generation, &job.records, buffer).map_err(io::Error::other)?;
         self.files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())
     }
 

@@ -5,6 +5,7 @@
 //! and opens it, [`inspect`] looks at it offline.
 
 pub mod carry_out;
+mod chain;
 pub mod config;
 pub mod connection;
 pub mod console;

@@ -9,6 +9,7 @@ use listener_agent::directory::{self, IMAGE, NewReplica};
 use listener_agent::host::{Reach, ReplicaHost, Session};
 use listener_agent::inspect;
 use listener_agent::superblock::Identity;
+use protocol::checksum::crc32;
 use protocol::message::{Begin, Copy};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
@@ -94,7 +95,7 @@ fn a_new_replica_follows_is_copied_to_grows_and_is_in_sync() {
     let range = |offset, length| ByteRange { offset, length };
     let copy = |id, at, byte: u8| {
         let data = Bytes::from(vec![byte; 65_536]);
-        ToAgent::Copy(Copy { id, range: range(at, 65_536), data })
+        ToAgent::Copy(Copy { id, range: range(at, 65_536), crc: crc32(&data), data })
     };
     engine.append(41, RecordKind::Write, range(0, 512), Bytes::from(vec![1; 512]));
     engine.session.send([copy(1, 0, 2), copy(2, 65_536, 3)]);

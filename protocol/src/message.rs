@@ -160,6 +160,8 @@ pub struct Copy {
     pub range: ByteRange,
     /// The bytes, whole blocks of them; empty if they are all zero.
     pub data: Bytes,
+    /// CRC-32 of `data`, as the member sent it that the bytes were read at.
+    pub crc: u32,
 }
 
 /// Names the replica that a session is about.
@@ -299,6 +301,9 @@ pub enum ReadOutcome {
     },
     /// The read was cancelled before it was at work.
     Cancelled,
+    /// The bytes changed between the replica, which had checked them, and whoever asked ([`ToEngine::checked`]). No
+    /// agent says so.
+    Damaged,
 }
 
 /// How well a replica is.
@@ -450,7 +455,7 @@ impl ToAgent {
                 out.put_u64_le(copy.id);
                 out.put_u64_le(copy.range.offset);
                 out.put_u64_le(copy.range.length);
-                out.put_u32_le(crc32(&copy.data));
+                out.put_u32_le(copy.crc);
                 return copy.data.clone();
             }
             ToAgent::ListDirty { subject, from } => {
@@ -557,7 +562,7 @@ fn decode_copy(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Copy, Mal
         && offset.checked_add(length).is_some()
         && (data.is_empty() || data.len() as u64 == length);
     let range = ByteRange { offset, length };
-    if sound { Ok(Copy { id, range, data }) } else { Err(Malformed { field: "copy" }) }
+    if sound { Ok(Copy { id, range, data, crc }) } else { Err(Malformed { field: "copy" }) }
 }
 
 fn decode_record(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<Record, Malformed> {
@@ -665,6 +670,7 @@ impl ToEngine {
                         out.put_u64_le(*offset);
                     }
                     ReadOutcome::Cancelled => out.put_u8(6),
+                    ReadOutcome::Damaged => out.put_u8(255),
                 }
             }
             ToEngine::Fetched(record) => {
@@ -682,8 +688,20 @@ impl ToEngine {
         Bytes::new()
     }
 
-    /// Reads a message from its number, body and bulk data. Payloads and the bytes of reads are compared with their
-    /// checksums here.
+    /// The message, if the bytes of a read in it are those that its replica checked. Whoever brings an answer to the volume
+    /// asks this, wherever it came from: it is the one place where the bytes of reads are compared with their checksum.
+    #[must_use]
+    pub fn checked(self) -> ToEngine {
+        match self {
+            ToEngine::ReadDone { id, applied, outcome: ReadOutcome::Data { data, crc } } if crc32(&data) != crc => {
+                ToEngine::ReadDone { id, applied, outcome: ReadOutcome::Damaged }
+            }
+            other => other,
+        }
+    }
+
+    /// Reads a message from its number, body and bulk data. Payloads of records are compared with their checksums here; for
+    /// the bytes of reads see [`ToEngine::checked`].
     pub fn decode(number: u8, body: &[u8], bulk: Bytes) -> Result<ToEngine, Malformed> {
         let mut r = Reader::new(body);
         let mut bulk = Some(bulk);
@@ -729,11 +747,7 @@ fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOu
     Ok(match r.u8("outcome")? {
         0 => {
             let crc = r.u32("checksum")?;
-            let data = bulk.take().unwrap_or_default();
-            if crc32(&data) != crc {
-                return Err(Malformed { field: "bytes of a read (checksum mismatch)" });
-            }
-            ReadOutcome::Data { data, crc }
+            ReadOutcome::Data { data: bulk.take().unwrap_or_default(), crc }
         }
         1 => ReadOutcome::ChecksumMismatch { offset: r.u64("offset")? },
         2 => ReadOutcome::Failed,
@@ -741,7 +755,8 @@ fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOu
         4 => ReadOutcome::Prefetched,
         5 => ReadOutcome::Unreadable { offset: r.u64("offset")? },
         6 => ReadOutcome::Cancelled,
-        7..=u8::MAX => return Err(Malformed { field: "outcome" }),
+        255 => ReadOutcome::Damaged,
+        7..=254 => return Err(Malformed { field: "outcome" }),
     })
 }
 

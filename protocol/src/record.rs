@@ -194,6 +194,19 @@ impl Record {
     /// A record of `kind` that carries `payload`, with the checksum computed.
     #[must_use]
     pub fn new(position: Position, kind: RecordKind, range: ByteRange, payload: Bytes) -> Record {
+        let payload_crc = crc32(&payload);
+        Record::carrying(position, kind, range, payload, payload_crc)
+    }
+
+    /// A record of bytes that came with their checksum, which they are compared with wherever the record goes.
+    #[must_use]
+    pub fn carrying(
+        position: Position,
+        kind: RecordKind,
+        range: ByteRange,
+        payload: Bytes,
+        payload_crc: u32,
+    ) -> Record {
         let header = RecordHeader {
             epoch: position.epoch,
             seq: position.seq,
@@ -202,7 +215,7 @@ impl Record {
             offset: range.offset,
             length: range.length,
             payload_length: payload.len() as u32,
-            payload_crc: crc32(&payload),
+            payload_crc,
         };
         Record { header, payload }
     }

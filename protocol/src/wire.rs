@@ -163,6 +163,7 @@ fn frame(number: u8, encode_body: impl FnOnce(&mut BytesMut) -> Bytes) -> Frame 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checksum::crc32;
     use crate::extents::{Allocation, EXTENTS_MAX, Extent};
     use crate::message::{
         Begin, Condition, Copy, Dirty, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome,
@@ -220,8 +221,8 @@ mod tests {
             ToAgent::Fetch { from: Seq(1), to: Seq(2) },
             ToAgent::Goodbye,
             ToAgent::Begin(begin),
-            ToAgent::Copy(Copy { id: 3, range, data: vec![7; 8192].into() }),
-            ToAgent::Copy(Copy { id: 4, range, data: Bytes::new() }),
+            ToAgent::Copy(Copy { id: 3, range, data: vec![7; 8192].into(), crc: crc32(&[7; 8192]) }),
+            ToAgent::Copy(Copy { id: 4, range, data: Bytes::new(), crc: 0 }),
             ToAgent::Synced,
             ToAgent::ListDirty { subject: "b".parse().unwrap(), from: 65536 },
             ToAgent::Extend { size_bytes: 1 << 31 },
@@ -269,13 +270,14 @@ mod tests {
             ToEngine::Promised(promised),
             ToEngine::Durable { seq: Seq(9) },
             ToEngine::Pong { token: 4 },
-            read(ReadOutcome::Data { crc: crate::checksum::crc32(&data), data }),
+            read(ReadOutcome::Data { crc: crc32(&data), data }),
             read(ReadOutcome::ChecksumMismatch { offset: 4096 }),
             read(ReadOutcome::Failed),
             read(ReadOutcome::Cancelled),
             read(ReadOutcome::Unreadable { offset: 4096 }),
             read(ReadOutcome::Extents(vec![Extent { length: 4096, allocation: Allocation::Zeroes }; EXTENTS_MAX])),
             read(ReadOutcome::Prefetched),
+            read(ReadOutcome::Damaged),
             ToEngine::Fetched(record()),
             ToEngine::FetchEnd { next: Seq(2) },
             ToEngine::Condition(Condition::Healthy),
@@ -328,22 +330,27 @@ mod tests {
     #[test]
     fn a_changed_bit_of_bulk_data_is_noticed() {
         let data = Bytes::from_static(b"xyz");
-        let outcome = ReadOutcome::Data { crc: crate::checksum::crc32(&data), data };
+        let outcome = ReadOutcome::Data { crc: crc32(&data), data };
         let read = ToEngine::ReadDone { id: 1, applied: Seq(8), outcome };
         let append = frame_to_agent(&ToAgent::Append(record()));
         let range = ByteRange { offset: 4096, length: 4096 };
-        let copy = frame_to_agent(&ToAgent::Copy(Copy { id: 3, range, data: vec![7; 4096].into() }));
+        let copy =
+            frame_to_agent(&ToAgent::Copy(Copy { id: 3, range, data: vec![7; 4096].into(), crc: crc32(&[7; 4096]) }));
         let frames = [append, copy, frame_to_engine(&read), frame_to_engine(&ToEngine::Fetched(record()))];
         for (i, frame) in frames.iter().enumerate() {
             let (prefix, rest) = prefix_and_rest(frame);
             let mut broken = rest.to_vec();
             *broken.last_mut().unwrap() ^= 1;
             let prefix = Prefix::decode(&prefix).unwrap();
-            let refused = match i {
+            let noticed = match i {
                 0 | 1 => prefix.to_agent(broken.into()).is_err(),
-                _ => prefix.to_engine(broken.into()).is_err(),
+                _ => match prefix.to_engine(broken.into()).map(ToEngine::checked) {
+                    Ok(ToEngine::ReadDone { outcome, .. }) => outcome == ReadOutcome::Damaged,
+                    Ok(other) => panic!("{other:?}"),
+                    Err(_) => true,
+                },
             };
-            assert!(refused, "frame {i}");
+            assert!(noticed, "frame {i}");
         }
     }
 

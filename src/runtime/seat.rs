@@ -58,8 +58,9 @@ impl Seat {
         self.tell(|volume, now, peer| volume.peer_disconnected(now, peer, reason))
     }
 
-    /// What the replica says.
+    /// What the replica says. The bytes of reads are compared with their checksums here, before the volume is locked.
     pub(super) fn received(&self, messages: impl IntoIterator<Item = ToEngine>) -> bool {
+        let messages: Vec<ToEngine> = messages.into_iter().map(ToEngine::checked).collect();
         self.tell(|volume, now, peer| {
             for message in messages {
                 volume.peer_message(now, peer, message);

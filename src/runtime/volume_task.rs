@@ -306,6 +306,7 @@ impl VolumeTask {
             | Notice::Replaying { .. }
             | Notice::LostData { .. }
             | Notice::ReadFailed { .. }
+            | Notice::DamagedAnswer { .. }
             | Notice::BadBlock { .. }
             | Notice::Repaired { .. }
             | Notice::NoGoodCopy { .. }

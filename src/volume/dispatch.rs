@@ -71,6 +71,10 @@ impl<T> Volume<T> {
 
     pub(super) fn on_read_done(&mut self, now: Time, peer: PeerId, id: u64, applied: Seq, outcome: ReadOutcome) {
         let Some(seen) = self.peers[peer].reads.remove(&id) else { return };
+        if outcome == ReadOutcome::Damaged {
+            let replica = self.peers[peer].name.clone();
+            self.notice(Notice::DamagedAnswer { replica });
+        }
         let is_of_ours = self.on_chunk_read(now, peer, id, seen, &outcome);
         if is_of_ours || self.on_repair_read(now, peer, id, seen, &outcome) {
             return;

@@ -503,19 +503,30 @@ impl<T> Volume<T> {
 
     /// Gives the next place to a record.
     fn append(&mut self, now: Time, kind: RecordKind, range: ByteRange, no_hole: bool, payload: Bytes) -> Seq {
-        let log = self.log.as_mut().expect("places are given out after activation found the history");
-        let position = Position { epoch: self.epoch, seq: log.last().next() };
-        let mut record = Record::new(position, kind, range, payload);
+        let mut record = Record::new(self.next_position(), kind, range, payload);
         record.header.no_hole = no_hole;
-        log.push(record, now);
+        self.append_record(now, record)
+    }
+
+    fn next_position(&self) -> Position {
+        let log = self.log.as_ref().expect("places are given out after activation found the history");
+        Position { epoch: self.epoch, seq: log.last().next() }
+    }
+
+    /// Gives the next place to a record that was made for it.
+    fn append_record(&mut self, now: Time, record: Record) -> Seq {
+        let (seq, range) = (record.seq(), record.header.range());
+        if let Some(log) = &mut self.log {
+            log.push(record, now);
+        }
         if range.length > 0 {
             self.overlap_chunks(range);
-            self.repairs.overlap(range, position.seq);
+            self.repairs.overlap(range, seq);
             if self.settings.read == ReadSpread::Verify {
                 self.reads.overlap(range);
             }
         }
-        position.seq
+        seq
     }
 
     // ---- progress ----------------------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ pub enum Notice {
         /// Which.
         replica: ReplicaName,
     },
+    /// What a replica answered changed between its check and that of this engine: in memory, or on the network.
+    DamagedAnswer {
+        /// Which.
+        replica: ReplicaName,
+    },
     /// A block of a member is bad.
     BadBlock {
         /// Which member.
@@ -227,6 +232,7 @@ impl Notice {
             | Notice::ResizeFailed { .. } => Severity::Warning,
             Notice::LostData { .. }
             | Notice::ReadFailed { .. }
+            | Notice::DamagedAnswer { .. }
             | Notice::NoGoodCopy { .. }
             | Notice::NoMajority { .. }
             | Notice::GivenUp { .. }
@@ -243,6 +249,7 @@ impl Notice {
             | Notice::Replaying { replica, .. }
             | Notice::LostData { replica, .. }
             | Notice::ReadFailed { replica }
+            | Notice::DamagedAnswer { replica }
             | Notice::BadBlock { replica, .. }
             | Notice::Repaired { replica, .. }
             | Notice::Waiting { replica, .. }
@@ -277,6 +284,9 @@ impl fmt::Display for Notice {
                  another history; all of it is copied anew"
             ),
             Notice::ReadFailed { .. } => f.write_str("a read failed"),
+            Notice::DamagedAnswer { .. } => {
+                f.write_str("the bytes of an answer changed on their way (checksum mismatch)")
+            }
             Notice::BadBlock { offset, what, .. } => write!(f, "the block at byte {offset} {what}"),
             Notice::Repaired { offset, what, .. } => {
                 write!(f, "the block at byte {offset} is good again; what was found: it {what}")

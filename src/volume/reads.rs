@@ -88,7 +88,8 @@ impl Piece {
                 | ReadOutcome::ChecksumMismatch { .. }
                 | ReadOutcome::Unreadable { .. }
                 | ReadOutcome::Cancelled
-                | ReadOutcome::Failed,
+                | ReadOutcome::Failed
+                | ReadOutcome::Damaged,
             ) => None,
         }
     }

@@ -13,7 +13,7 @@ use std::fmt;
 
 use protocol::message::{ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
-use protocol::{BLOCK_BYTES, RecordKind, Seq};
+use protocol::{BLOCK_BYTES, Record, RecordKind, Seq};
 
 use super::fresh_read::FreshRead;
 use super::log::Log;
@@ -73,7 +73,8 @@ pub(super) fn bad_block(outcome: &ReadOutcome, range: ByteRange) -> Option<(u64,
         | ReadOutcome::Extents(_)
         | ReadOutcome::Prefetched
         | ReadOutcome::Cancelled
-        | ReadOutcome::Failed => return None,
+        | ReadOutcome::Failed
+        | ReadOutcome::Damaged => return None,
     };
     let whole = range.aligned(BLOCK_BYTES);
     let is_in_it = offset.is_multiple_of(BLOCK_BYTES) && (whole.offset..whole.end()).contains(&offset);
@@ -317,12 +318,14 @@ impl<T> Volume<T> {
         outcome: &ReadOutcome,
     ) -> bool {
         let Some((block, repair)) = self.repairs.find_read(id) else { return false };
-        if let ReadOutcome::Data { data, .. } = outcome
+        if let ReadOutcome::Data { data, crc } = outcome
             && data.len() as u64 == BLOCK_BYTES
         {
             if repair.read.finish() {
                 // This makes it a repair that is given out, by the same rule as a change of a client.
-                self.append(now, RecordKind::Write, block_at(block), false, data.clone());
+                let position = self.next_position();
+                let record = Record::carrying(position, RecordKind::Write, block_at(block), data.clone(), *crc);
+                self.append_record(now, record);
             }
             return true;
         }

@@ -119,7 +119,7 @@ impl Process {
 }
 
 fn write_group(disk: &Disk, job: &GroupJob) -> io::Result<()> {
-    let bytes = group::encode(job.salt, job.generation, &job.records);
+    let bytes = group::encode(job.salt, job.generation, &job.records).map_err(io::Error::other)?;
     disk.files().journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice())
 }
 

@@ -143,7 +143,7 @@ impl World {
         let now = self.engine_now(engine);
         let at = &mut self.engines[engine];
         if at.alive && at.conns[peer] == Some(conn) {
-            at.volume.peer_message(now, peer, message);
+            at.volume.peer_message(now, peer, message.checked());
             self.pump_engine(engine);
         }
     }

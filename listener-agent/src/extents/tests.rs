@@ -229,7 +229,7 @@ proptest::proptest! {
         let mut at = offset;
         for extent in found {
             let read = image.read_verified(ByteRange { offset: at, length: extent.length }).unwrap();
-            let is_zero = read.is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0));
+            let is_zero = read.is_ok_and(|read| read.data.iter().all(|byte| *byte == 0));
             proptest::prop_assert!(is_zero || extent.allocation == Allocation::Data);
             at += extent.length;
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
+use protocol::checksum::stored_block_checksum;
 use protocol::{Epoch, Position, Seq};
 
 use super::*;
@@ -144,7 +145,8 @@ fn a_block_is_known_to_be_bad_before_it_can_be_read_again() {
     let partial = write(8192, &[2; 1000]);
     let mut composed = vec![0; BLOCK];
     composed[..1000].fill(2);
-    f.image.store_checksums(8192, &composed, &[8192]).unwrap();
+    let bad = !stored_block_checksum(&composed);
+    f.image.store_checksums(ByteRange { offset: 8192, length: 4096 }, &[bad], true).unwrap();
     let f = die(f);
     f.image.apply(&partial, Trust::InDoubt).unwrap();
     assert_eq!(read(&f, 8192, 4096), ReadOutcome::ChecksumMismatch { offset: 8192 });

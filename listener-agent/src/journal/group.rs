@@ -3,7 +3,7 @@
 use bytes::{BufMut, Bytes};
 use protocol::checksum::{crc32, crc32_salted};
 use protocol::cursor::Reader;
-use protocol::record::JOURNAL_RECORD_OVERHEAD_BYTES;
+use protocol::record::{JOURNAL_RECORD_OVERHEAD_BYTES, RecordError};
 use protocol::{BLOCK_BYTES, Record, RecordHeader, Seq, VolumeUuid};
 
 use crate::disk::aligned::AlignedBuffer;
@@ -74,22 +74,27 @@ pub fn group_bytes<'a>(records: impl IntoIterator<Item = &'a Record>) -> u64 {
     packed.next_multiple_of(BLOCK_BYTES)
 }
 
-/// Encodes a group.
+/// Encodes a group. See [`encode_into`].
 ///
 /// # Panics
 /// If there are no records.
-#[must_use]
-pub fn encode(salt: Salt, generation: u64, records: &[Record]) -> AlignedBuffer {
+pub fn encode(salt: Salt, generation: u64, records: &[Record]) -> Result<AlignedBuffer, RecordError> {
     let mut out = AlignedBuffer::with_capacity(0);
-    encode_into(salt, generation, records, &mut out);
-    out
+    encode_into(salt, generation, records, &mut out)?;
+    Ok(out)
 }
 
-/// Encodes a group into a buffer that may be used again.
+/// Encodes a group into a buffer that may be used again. It is an error if the bytes that came to lie in the buffer are not
+/// those that the records' checksums are of: they would be taken for a torn write when they are needed.
 ///
 /// # Panics
 /// If there are no records.
-pub fn encode_into(salt: Salt, generation: u64, records: &[Record], out: &mut AlignedBuffer) {
+pub fn encode_into(
+    salt: Salt,
+    generation: u64,
+    records: &[Record],
+    out: &mut AlignedBuffer,
+) -> Result<(), RecordError> {
     out.reset(group_bytes(records) as usize);
     let group_first = records[0].seq();
     for record in records {
@@ -101,9 +106,14 @@ pub fn encode_into(salt: Salt, generation: u64, records: &[Record], out: &mut Al
         out.put(&MAGIC.to_le_bytes());
         out.put(&salt.checksum(&fields).to_le_bytes());
         out.put(&fields);
+        let payload_at = out.len();
         out.put(&record.payload);
+        if crc32(&out.as_slice()[payload_at..]) != record.header.payload_crc {
+            return Err(RecordError::PayloadChecksum { seq: record.seq() });
+        }
     }
     out.pad_to_block();
+    Ok(())
 }
 
 /// Decodes the records of one group, as long as they are sound and in order.
@@ -144,14 +154,14 @@ pub(crate) mod tests {
 
     #[test]
     fn a_record_of_another_volumes_journal_is_none() {
-        let bytes = Bytes::copy_from_slice(encode(SALT, 1, &[write(1, 100)]).as_slice());
+        let bytes = Bytes::copy_from_slice(encode(SALT, 1, &[write(1, 100)]).unwrap().as_slice());
         assert_eq!(decode(Salt(8), &bytes), []);
     }
 
     #[test]
     fn a_group_comes_back_as_it_was() {
         let records = [write(1, 100), write(2, 4096), write(3, 1)];
-        let bytes = encode(SALT, 1, &records);
+        let bytes = encode(SALT, 1, &records).unwrap();
         assert_eq!(bytes.len() as u64, group_bytes(&records));
         assert_eq!(decode(SALT, &Bytes::copy_from_slice(bytes.as_slice())), records);
     }
@@ -159,8 +169,17 @@ pub(crate) mod tests {
     #[test]
     fn a_damaged_record_ends_the_group() {
         let records = [write(1, 100), write(2, 4096), write(3, 1)];
-        let mut bytes = encode(SALT, 1, &records).as_slice().to_vec();
+        let mut bytes = encode(SALT, 1, &records).unwrap().as_slice().to_vec();
         bytes[100 + 2 * ENTRY_HEADER_BYTES + 50] ^= 1;
         assert_eq!(decode(SALT, &bytes.into()), records[..1]);
+    }
+
+    #[test]
+    fn a_payload_that_changed_in_memory_is_not_journaled() {
+        let mut records = [write(1, 100), write(2, 4096)];
+        let mut changed = records[1].payload.to_vec();
+        changed[4095] ^= 1;
+        records[1].payload = changed.into();
+        assert_eq!(encode(SALT, 1, &records).unwrap_err(), RecordError::PayloadChecksum { seq: Seq(2) });
     }
 }

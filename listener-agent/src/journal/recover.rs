@@ -225,7 +225,7 @@ mod tests {
 
         /// Writes a group and returns its offset.
         fn append(&mut self, generation: u64, records: &[Record]) -> u64 {
-            let bytes = encode(SALT, generation, records);
+            let bytes = encode(SALT, generation, records).unwrap();
             let (first, last) = (records[0].seq(), records[records.len() - 1].seq());
             let offset = self.ring.take(bytes.len() as u64, first, last).expect("room");
             self.file.write_at(HEADER_BYTES + offset, bytes.as_slice()).unwrap();

@@ -2,6 +2,7 @@
 //! note of how far it is.
 
 use bytes::Bytes;
+use protocol::checksum::crc32_of_zeroes;
 use protocol::message::{Copy, Dirty, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::record::DirtyStep;
@@ -144,14 +145,15 @@ impl<T> Volume<T> {
         let Some(resync) = &mut self.resync else { return false };
         let target = resync.peer;
         let Some(copying) = resync.copying() else { return false };
-        let data = match outcome {
-            ReadOutcome::Data { data, .. } => data,
+        let (data, crc) = match outcome {
+            ReadOutcome::Data { data, crc } => (data, *crc),
             ReadOutcome::Extents(_)
             | ReadOutcome::Prefetched
             | ReadOutcome::ChecksumMismatch { .. }
             | ReadOutcome::Unreadable { .. }
             | ReadOutcome::Cancelled
-            | ReadOutcome::Failed => {
+            | ReadOutcome::Failed
+            | ReadOutcome::Damaged => {
                 let Some((range, failed)) = copying.read_failed(id, peer) else { return false };
                 self.chunk_failed(now, peer, seen, bad_block(outcome, range), failed);
                 return true;
@@ -164,10 +166,9 @@ impl<T> Volume<T> {
                 self.end_resync(now, "a member answered a read with another length".to_owned());
             }
             ChunkRead::Send { copy, range } => {
-                let is_zero = data.iter().all(|byte| *byte == 0);
-                let data = if is_zero { Bytes::new() } else { data.clone() };
+                let (data, crc) = if is_zero(data, crc) { (Bytes::new(), 0) } else { (data.clone(), crc) };
                 let last = self.log.as_ref().map_or(Seq(0), Log::last);
-                self.peers[target].push_after(last, ToAgent::Copy(Copy { id: copy, range, data }));
+                self.peers[target].push_after(last, ToAgent::Copy(Copy { id: copy, range, data, crc }));
             }
         }
         true
@@ -249,4 +250,9 @@ impl<T> Volume<T> {
             resync.rate.client_answered(asked_at, now);
         }
     }
+}
+
+/// Whether nothing but zeroes was read, by the bytes as they are now and by the checksum that came with them.
+fn is_zero(data: &[u8], crc: u32) -> bool {
+    data.iter().all(|byte| *byte == 0) && crc == crc32_of_zeroes(data.len() as u64)
 }

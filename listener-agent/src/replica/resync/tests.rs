@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
+use protocol::checksum::crc32;
 use protocol::message::{Begin, Condition, Copy, ReadKind, ReadOutcome};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::{ByteRange, DIRTY_UNIT_BYTES};
@@ -58,7 +59,8 @@ fn say(r: &mut Replica, message: ToAgent) {
 
 fn copy_message(id: u64, offset: u64, byte: u8) -> ToAgent {
     let range = ByteRange { offset, length: BLOCK };
-    ToAgent::Copy(Copy { id, range, data: Bytes::from(vec![byte; BLOCK as usize]) })
+    let data = Bytes::from(vec![byte; BLOCK as usize]);
+    ToAgent::Copy(Copy { id, range, crc: crc32(&data), data })
 }
 
 fn record(seq: u64, kind: RecordKind, payload: Bytes) -> ToAgent {
@@ -268,7 +270,9 @@ fn it_is_in_sync_only_when_every_copy_is_durable() {
 #[test]
 fn copies_that_make_no_sense_are_refused() {
     let data = Bytes::from(vec![1; BLOCK as usize]);
-    let copy = |id, offset, length| ToAgent::Copy(Copy { id, range: ByteRange { offset, length }, data: data.clone() });
+    let copy = |id, offset, length| {
+        ToAgent::Copy(Copy { id, range: ByteRange { offset, length }, data: data.clone(), crc: crc32(&data) })
+    };
     for (i, bad) in
         [copy(2, SIZE, BLOCK), copy(2, 512, BLOCK), copy(2, 0, 2 * BLOCK), copy(1, 0, BLOCK)].iter().enumerate()
     {
@@ -430,7 +434,7 @@ impl OnDisk {
 
     fn write_group(&mut self) -> bool {
         let Some(job) = self.replica.next_group() else { return false };
-        let bytes = group::encode(job.salt, job.generation, &job.records);
+        let bytes = group::encode(job.salt, job.generation, &job.records).unwrap();
         self.files.journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice()).unwrap();
         self.replica.group_done(true);
         true
@@ -462,7 +466,7 @@ impl OnDisk {
     }
 
     fn byte(&self, offset: u64) -> u8 {
-        self.image.read_verified(ByteRange { offset, length: 1 }).unwrap().expect("checksums match")[0]
+        self.image.read_verified(ByteRange { offset, length: 1 }).unwrap().expect("checksums match").data[0]
     }
 }
 
