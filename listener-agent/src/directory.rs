@@ -109,6 +109,12 @@ pub enum DirectoryError {
         /// The device that `image.raw` names.
         device: PathBuf,
     },
+    /// One of the files is not there.
+    #[error("{path} is missing", path = path.display())]
+    Lost {
+        /// Which file.
+        path: PathBuf,
+    },
     /// A file has another size than the superblock says.
     #[error("{path} has {found} bytes where {expected} are needed")]
     Size {
@@ -172,6 +178,13 @@ impl DirectoryError {
             DirectoryError::ForeignDevice { .. } => {
                 "the name may mean another disk now: let the link image.raw name the right one (/dev/disk/by-id/...)"
             }
+            DirectoryError::Lost { path } | DirectoryError::Size { path, .. } if path.ends_with(CHECKSUMS) => {
+                "move the directory away and let `nbdcast replica resync` make the replica anew from the others; if there \
+                 are none, `listener-agent rebuild-checksums DIR` makes checksums from the image, which it takes on trust"
+            }
+            DirectoryError::Lost { .. } => {
+                "put it back, or move the directory away and let `nbdcast replica resync` make the replica anew"
+            }
             DirectoryError::Size { .. } => "give a file or device that is large enough",
             DirectoryError::JournalHeader { .. } => "put back the journal that belongs to this replica",
         };
@@ -179,7 +192,7 @@ impl DirectoryError {
     }
 }
 
-fn at(path: &Path) -> impl FnOnce(io::Error) -> DirectoryError {
+pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> DirectoryError {
     let path = path.to_owned();
     move |cause| DirectoryError::Io { path, cause }
 }
@@ -290,7 +303,7 @@ pub fn create(dir: &Path, new: &NewReplica) -> Result<(), DirectoryError> {
     [Some(dir), dir.parent()].into_iter().flatten().try_for_each(sync_directory)
 }
 
-fn sync_directory(directory: &Path) -> Result<(), DirectoryError> {
+pub(crate) fn sync_directory(directory: &Path) -> Result<(), DirectoryError> {
     let shown = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     File::open(shown).and_then(|d| d.sync_all()).map_err(at(shown))
 }
@@ -319,7 +332,7 @@ pub fn first_superblock(new: &NewReplica) -> Superblock {
     }
 }
 
-fn create_sized(path: &Path, bytes: u64) -> Result<(), DirectoryError> {
+pub(crate) fn create_sized(path: &Path, bytes: u64) -> Result<(), DirectoryError> {
     // Truncated first: what an unfinished attempt left must read as zeroes.
     let file = OpenOptions::new().write(true).create(true).truncate(true).open(path).map_err(at(path))?;
     file.set_len(bytes).and_then(|()| file.sync_all()).map_err(at(path))
@@ -374,21 +387,32 @@ pub fn read_superblock(dir: &Path) -> Result<(Superblock, SystemFile), Directory
     Ok((superblock, file))
 }
 
+/// One of the files of `dir`, of at least `expected` bytes.
+pub(crate) fn open_file(
+    dir: &Path,
+    name: &str,
+    caching: Caching,
+    expected: u64,
+) -> Result<Arc<dyn RawFile>, DirectoryError> {
+    let path = dir.join(name);
+    let file = match SystemFile::open(&path, caching) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(DirectoryError::Lost { path }),
+        other => other.map_err(at(&path))?,
+    };
+    let found = file.length().map_err(at(&path))?;
+    if found < expected {
+        return Err(DirectoryError::Size { path, found, expected });
+    }
+    Ok(Arc::new(file))
+}
+
 /// The five files of `dir`, sizes checked. `superblock_file` comes from [`read_superblock`].
 pub fn open_files(
     dir: &Path,
     superblock: &Superblock,
     superblock_file: SystemFile,
 ) -> Result<ReplicaFiles, DirectoryError> {
-    let open = |name: &str, caching, expected: u64| -> Result<Arc<dyn RawFile>, DirectoryError> {
-        let path = dir.join(name);
-        let file = SystemFile::open(&path, caching).map_err(at(&path))?;
-        let found = file.length().map_err(at(&path))?;
-        if found < expected {
-            return Err(DirectoryError::Size { path, found, expected });
-        }
-        Ok(Arc::new(file))
-    };
+    let open = |name: &str, caching, expected: u64| open_file(dir, name, caching, expected);
     let identity = &superblock.identity;
     let files = ReplicaFiles {
         journal: open(JOURNAL, Caching::Direct, identity.journal_bytes)?,

@@ -1,23 +1,25 @@
-//! Looking at a replica without serving it: who it is and where it stands, and whether every block matches its checksum.
-//! Nothing is written; the directory is locked while it is looked at.
+//! Looking at a replica without serving it: who it is and where it stands, and ([`verify`]) whether every block matches its
+//! checksum. Nothing is written; the directory is locked while it is looked at.
+
+mod verify;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use protocol::quorum::AckPolicies;
-use protocol::ranges::{ByteRange, merge_in_units};
-use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
+use protocol::{Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
 use serde::Serialize;
 
 use crate::directory::{self, DIRTY, DirectoryError, JOURNAL};
 use crate::dirty_file;
 use crate::disk::ReplicaFiles;
-use crate::image::Image;
 use crate::journal::capacity_bytes;
 use crate::journal::recover::{RecoverError, Recovered, ScanStart, scan};
 use crate::replica::dirty::DirtyCount;
 use crate::replica::note_durable;
 use crate::superblock::Superblock;
+
+pub use verify::{BadBlock, Fault, VerifyReport, verify};
 
 /// Why a replica cannot be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -225,72 +227,4 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
 fn tracked_report(count: DirtyCount) -> TrackedReport {
     let DirtyCount { name, acknowledged, dirty_bytes } = count;
     TrackedReport { replica: name.into(), acknowledged, dirty_bytes }
-}
-
-/// A block whose bytes do not match its checksum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct BadBlock {
-    /// Its first byte in the volume.
-    pub offset: u64,
-}
-
-impl fmt::Display for BadBlock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bad block at byte {} (block {})", self.offset, self.offset / BLOCK_BYTES)
-    }
-}
-
-/// What a verification found.
-#[derive(Clone, Debug, Serialize)]
-pub struct VerifyReport {
-    /// Blocks looked at.
-    pub blocks: u64,
-    /// Blocks that the journal will write again at the next start, and that were therefore not judged.
-    pub in_journal: u64,
-    /// Blocks that are bad.
-    pub bad: Vec<BadBlock>,
-}
-
-const CHUNK_BYTES: u64 = 1 << 20;
-
-/// Compares every block of the replica in `dir` with its checksum. Of a replica that was not closed in good order every
-/// block that was changed since the last checkpoint may differ from its checksum, which died with the process; its journal
-/// repairs these at the next start, and they are not judged.
-pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, InspectError> {
-    let opened = open(dir)?;
-    let image = Image::new(&opened.files);
-    // What the volume grew by since is in the journal.
-    let size = opened.superblock.image_bytes;
-    let checkpoint = opened.superblock.checkpoint.seq;
-    let mut repaired: Vec<ByteRange> = Vec::new();
-    scan_journal(dir, &opened, &mut |record| {
-        if record.seq() > checkpoint && record.header.length > 0 {
-            repaired.push(record.header.range());
-        }
-        Ok(())
-    })?;
-    let repaired = merge_in_units(repaired, BLOCK_BYTES);
-    let in_journal = |range: ByteRange| {
-        let next = repaired.get(repaired.partition_point(|r| r.end() <= range.offset));
-        next.is_some_and(|r| r.overlaps(range))
-    };
-    let failed = |cause| InspectError::Image { path: dir.to_owned(), cause };
-    let mut report = VerifyReport { blocks: size / BLOCK_BYTES, in_journal: 0, bad: Vec::new() };
-    let mut offset = 0;
-    while offset < size {
-        let chunk = ByteRange { offset, length: CHUNK_BYTES.min(size - offset) };
-        if in_journal(chunk) || image.read_verified(chunk).map_err(failed)?.is_err() {
-            for offset in (chunk.offset..chunk.end()).step_by(BLOCK_BYTES as usize) {
-                let block = ByteRange { offset, length: BLOCK_BYTES };
-                if in_journal(block) {
-                    report.in_journal += 1;
-                } else if image.read_verified(block).map_err(failed)?.is_err() {
-                    report.bad.push(BadBlock { offset });
-                }
-            }
-        }
-        offset = chunk.end();
-        progress(offset, size);
-    }
-    Ok(report)
 }

@@ -2,7 +2,8 @@
 //!
 //! [`server`] speaks to engines, [`host`] runs the threads of a replica, [`replica`] decides, [`carry_out`] does what it
 //! decided to [`journal`], [`image`], [`dirty_file`] and [`superblock`], which are what lies on disk. [`directory`] makes
-//! and opens it, [`inspect`] looks at it offline.
+//! and opens it, [`inspect`] looks at it offline,
+//! and [`rebuild`] gives it checksums where they are lost.
 
 pub mod carry_out;
 mod chain;
@@ -17,6 +18,7 @@ pub mod host;
 pub mod image;
 pub mod inspect;
 pub mod journal;
+pub mod rebuild;
 pub mod replica;
 
 pub mod server;

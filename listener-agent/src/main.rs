@@ -10,14 +10,12 @@ use clap::{Args, Parser, Subcommand};
 use listener_agent::config::{AGENT_SAMPLE, AgentConfig, Endpoint, OPEN_WORDS};
 use listener_agent::console::{self, ConsoleArgs, Failure, SHUTDOWN_MAX, ShutdownSignals, say};
 use listener_agent::inspect::{self, VerifyReport};
+use listener_agent::rebuild;
 use listener_agent::server::AgentServer;
 use listener_agent::service::{self, PassedSocket};
 use tokio::sync::watch;
 
 const PROGRAM: &str = "listener-agent";
-
-/// Bad blocks that `verify` prints one by one; the rest is only counted.
-const BAD_BLOCKS_SHOWN: usize = 100;
 
 /// Holds one full replica of each nbdcast volume in a data directory and serves it to the engine
 #[derive(Debug, Parser)]
@@ -66,10 +64,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Check every block of a replica against its checksum, without a running agent
+    /// Check every block of a replica against its checksum, without a running agent; exit code 1 if any is bad
     Verify {
         /// Directory of one replica: DATA/VOLUME
         dir: PathBuf,
+    },
+    /// Make lost checksums of a replica anew from its image, which is taken on trust: a block that rotted is good from then on
+    RebuildChecksums {
+        /// Directory of one replica: DATA/VOLUME
+        dir: PathBuf,
+        /// Also if the checksums are not lost
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -83,6 +89,7 @@ fn main() -> ExitCode {
         match (cli.command, cli.serve) {
             (Some(Command::Inspect { dir, json }), _) => inspect_directory(&dir, json),
             (Some(Command::Verify { dir }), _) => verify_directory(&dir),
+            (Some(Command::RebuildChecksums { dir, force }), _) => rebuild_checksums(&dir, force),
             (None, Some(args)) => serve(agent_config(args)?, passed).await,
             (None, None) => Err(nothing_to_serve()),
         }
@@ -168,12 +175,17 @@ async fn serve(mut config: AgentConfig, passed: Vec<PassedSocket>) -> Result<(),
     }
 }
 
-fn inspect_failure(error: inspect::InspectError) -> Failure {
+fn failure(error: impl std::fmt::Display, remedy: Option<String>) -> Failure {
     let failure = Failure::failed(&error);
-    match error.remedy() {
+    match remedy {
         Some(remedy) => failure.remedy(remedy),
         None => failure,
     }
+}
+
+fn inspect_failure(error: inspect::InspectError) -> Failure {
+    let remedy = error.remedy();
+    failure(error, remedy)
 }
 
 fn inspect_directory(dir: &Path, json: bool) -> Result<(), Failure> {
@@ -187,13 +199,11 @@ fn inspect_directory(dir: &Path, json: bool) -> Result<(), Failure> {
 }
 
 fn verify_directory(dir: &Path) -> Result<(), Failure> {
-    let mut progress = Progress::new();
+    let mut progress = Progress::new("verify");
     let report = inspect::verify(dir, &mut |done, total| progress.show(done, total));
     progress.clear();
     let report = report.map_err(inspect_failure)?;
-    for bad in report.bad.iter().take(BAD_BLOCKS_SHOWN) {
-        say(bad)?;
-    }
+    report.bad.iter().try_for_each(say)?;
     verdict(dir, &report)
 }
 
@@ -205,25 +215,51 @@ fn verdict(dir: &Path, report: &VerifyReport) -> Result<(), Failure> {
             report.in_journal
         ))?;
     }
+    if report.checksums_too_long_bytes > 0 {
+        say(format_args!("{dir}/checksums is {} bytes longer than needed", report.checksums_too_long_bytes))?;
+    }
     if bad == 0 {
         return say(format_args!("{dir}: {} blocks, all good", blocks - report.in_journal));
     }
-    if let Some(more) = bad.checked_sub(BAD_BLOCKS_SHOWN).filter(|more| *more > 0) {
-        say(format_args!("... and {more} more"))?;
-    }
-    Err(Failure::failed(format_args!("{dir}: {bad} of {blocks} blocks differ from their checksum"))
+    Err(Failure::failed(format_args!("{dir}: {bad} of {blocks} blocks are bad"))
         .remedy("keep the directory; another replica of the volume holds these blocks"))
 }
 
-/// The percentage line of `verify`, on standard error and only if that is a terminal.
+fn rebuild_checksums(dir: &Path, force: bool) -> Result<(), Failure> {
+    let mut progress = Progress::new("rebuild-checksums");
+    let report = rebuild::rebuild_checksums(dir, force, &mut |done, total| progress.show(done, total));
+    progress.clear();
+    let report = report.map_err(|error| {
+        let remedy = error.remedy();
+        failure(error, remedy)
+    })?;
+    let shown = dir.display();
+    say(format_args!("{shown}: checksums of {} blocks made from the image as it is", report.blocks))?;
+    if let Some(kept) = &report.kept {
+        say(format_args!("the checksums before are in {}", kept.display()))?;
+    }
+    say(
+        "what the image holds is taken on trust: compare the replica with the others, by `nbdcast scrub VOLUME`, once it is \
+         in service",
+    )?;
+    report.unreadable.iter().try_for_each(|offset| say(format_args!("unreadable block at byte {offset}")))?;
+    if report.unreadable.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::failed(format_args!("{shown}: {} blocks cannot be read and count as bad", report.unreadable.len()))
+        .remedy("check the disk; another replica of the volume holds these blocks"))
+}
+
+/// The percentage line of a command that takes long, on standard error and only if that is a terminal.
 struct Progress {
+    what: &'static str,
     wanted: bool,
     shown: Option<u64>,
 }
 
 impl Progress {
-    fn new() -> Progress {
-        Progress { wanted: io::stderr().is_terminal(), shown: None }
+    fn new(what: &'static str) -> Progress {
+        Progress { what, wanted: io::stderr().is_terminal(), shown: None }
     }
 
     fn show(&mut self, done: u64, total: u64) {
@@ -232,7 +268,7 @@ impl Progress {
         if self.wanted && percent.is_some() && percent != self.shown {
             self.shown = percent;
             // Progress is a courtesy: a lost terminal must not stop the check.
-            let _ = write!(io::stderr(), "\rverify: {} %", percent.unwrap_or(100));
+            let _ = write!(io::stderr(), "\r{}: {} %", self.what, percent.unwrap_or(100));
         }
     }
 
@@ -300,5 +336,7 @@ mod tests {
         assert!(matches!(cli.command, Some(Command::Inspect { json: true, .. })));
         let cli = parse(&["verify", "d/vol0"]).expect("verify");
         assert!(matches!(cli.command, Some(Command::Verify { .. })));
+        let cli = parse(&["rebuild-checksums", "d/vol0", "--force"]).expect("rebuild-checksums");
+        assert!(matches!(cli.command, Some(Command::RebuildChecksums { force: true, .. })));
     }
 }

@@ -190,11 +190,15 @@ fn cost_of_writes_and_reads_by_size() {
         let mut group = AlignedBuffer::with_capacity(0);
         let salt = Salt::of(protocol::VolumeUuid([1; 16]));
         let records = [record];
-        let rounds = (64 << 20) / length.max(4096);
+        let rounds = (4 << 20) / length.max(4096);
+        // The best of many: others use the machine too.
         let time = |work: &mut dyn FnMut()| {
-            let begun = std::time::Instant::now();
-            (0..rounds).for_each(|_| work());
-            begun.elapsed().as_nanos() / rounds as u128
+            let mut batch = || {
+                let begun = std::time::Instant::now();
+                (0..rounds).for_each(|_| work());
+                begun.elapsed().as_nanos() / rounds as u128
+            };
+            (0..50).map(|_| batch()).min().unwrap()
         };
         let raw_write = time(&mut || file.write_at(offset, &records[0].payload).unwrap());
         let apply = time(&mut || f.image.apply(&records[0], Trust::Verified).unwrap());
