@@ -1,5 +1,8 @@
 //! What the documents say of the tests is true: every test that they name exists.
 
+#[path = "integrity_table.rs"]
+mod integrity_table;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,4 +66,21 @@ fn every_row_of_the_protocol_that_is_supported_names_a_test() {
         named += usize::from(!name.is_empty());
     }
     assert!(named > 80, "only {named} rows name a test");
+}
+
+#[test]
+fn every_place_where_a_bit_can_flip_has_a_test_that_compares_what_it_sees_with_the_table() {
+    let stories = include_str!("sim/flips.rs");
+    let mut shown = 0;
+    for row in integrity_table::rows() {
+        let [place, noticed_by, _, _, test] = row[..] else { panic!("a row of five cells: {row:?}") };
+        if test == "none" {
+            let is_out_of_reach = noticed_by.starts_with("nobody");
+            assert!(is_out_of_reach, "{place:?} is said to be noticed, and nothing shows it");
+            continue;
+        }
+        assert!(stories.contains(&format!("\"{place}\"")), "no test compares what it sees with the row of {place:?}");
+        shown += 1;
+    }
+    assert!(shown > 18, "only {shown} rows are shown");
 }

@@ -328,6 +328,26 @@ mod tests {
     }
 
     #[test]
+    fn any_changed_bit_of_any_message_is_noticed() {
+        let to_agent = messages_to_agent().into_iter().map(|m| (frame_to_agent(&m), true));
+        let to_engine = messages_to_engine().into_iter().map(|m| (frame_to_engine(&m), false));
+        for (frame, is_to_agent) in to_agent.chain(to_engine) {
+            // The end of the prefix means nothing, and a long body is as good as a short one.
+            let checked = (0..PREFIX_BYTES - 4).chain(PREFIX_BYTES..frame.head.len().min(PREFIX_BYTES + 400));
+            for bit in checked.flat_map(|byte| byte * 8..byte * 8 + 8) {
+                let mut broken = [&frame.head[..], &frame.bulk[..]].concat();
+                broken[bit / 8] ^= 1 << (bit % 8);
+                let (prefix, rest) = broken.split_first_chunk().unwrap();
+                let decoded = Prefix::decode(prefix).and_then(|prefix| {
+                    let rest = Bytes::copy_from_slice(rest);
+                    if is_to_agent { prefix.to_agent(rest).map(drop) } else { prefix.to_engine(rest).map(drop) }
+                });
+                assert!(decoded.is_err(), "bit {bit} of {frame:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_changed_bit_of_bulk_data_is_noticed() {
         let data = Bytes::from_static(b"xyz");
         let outcome = ReadOutcome::Data { crc: crc32(&data), data };

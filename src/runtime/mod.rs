@@ -167,6 +167,16 @@ pub enum EngineFailure {
         /// The other engine's epoch.
         promised: u64,
     },
+    /// What waited in memory for replicas is not what it was.
+    #[error(
+        "volume {volume}: record {seq} changed in the memory of this engine, which stops; check the memory of this machine"
+    )]
+    Corrupt {
+        /// The volume.
+        volume: String,
+        /// The record.
+        seq: u64,
+    },
 }
 
 /// Why an engine did not stop in good order.
@@ -317,6 +327,9 @@ async fn follow(volume: Arc<VolumeTask>, front: Arc<Front>, tell: mpsc::Sender<E
             }
             Outcome::Fenced { promised, replica } => {
                 Some(EngineEvent::Failed(EngineFailure::Fenced { volume: volume_name(), replica, promised }))
+            }
+            Outcome::Corrupt { seq } => {
+                Some(EngineEvent::Failed(EngineFailure::Corrupt { volume: volume_name(), seq }))
             }
         };
         if let Some(event) = event

@@ -48,6 +48,8 @@ pub(super) enum Outcome {
     Refused(StartRefusal),
     /// Another engine took over.
     Fenced { promised: u64, replica: String },
+    /// The memory of this engine cannot be trusted.
+    Corrupt { seq: u64 },
 }
 
 /// What the lock is around: each peer of the volume has its slot under the same number.
@@ -249,6 +251,11 @@ impl VolumeTask {
                 let text = format!("another engine took over with epoch {promised}; this one stops");
                 self.note(Some(replica.to_string()), EventSeverity::Error, text);
                 self.outcome.send_replace(Outcome::Fenced { promised: promised.0, replica: replica.to_string() });
+            }
+            Event::Corrupt { seq } => {
+                let text = format!("record {seq} changed in the memory of this engine, which stops");
+                self.note(None, EventSeverity::Error, text);
+                self.outcome.send_replace(Outcome::Corrupt { seq: seq.0 });
             }
             Event::Disconnect(peer) => {
                 if let Some(slot) = slots.get(peer).and_then(Option::as_ref) {

@@ -205,6 +205,10 @@ impl<T> Volume<T> {
         at.link = Link::Ready;
         at.confirmed_at = Some(sent_at);
         if self.log.is_some() {
+            if self.has_changed_after(promised.position.seq) {
+                return;
+            }
+            let at = &self.peers[peer];
             return match at.role {
                 Role::Member | Role::Joining => self.on_return(now, peer, &promised),
                 Role::Dropped => self.resync_promised(now, peer, &promised),

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use protocol::extents::Extent;
 use protocol::message::EngineId;
 use protocol::ranges::ByteRange;
-use protocol::{AckPolicy, Epoch, ReplicaName};
+use protocol::{AckPolicy, Epoch, ReplicaName, Seq};
 
 use super::{Notice, PeerId, StartRefusal};
 
@@ -144,6 +144,12 @@ pub enum Event<T> {
         promised: Epoch,
         /// Who said so.
         replica: ReplicaName,
+    },
+    /// A record is not what it was when its place was given out: the memory of this engine cannot be trusted; the volume is
+    /// dead.
+    Corrupt {
+        /// Its place.
+        seq: Seq,
     },
     /// Close the connection of this peer and make a new one.
     Disconnect(PeerId),

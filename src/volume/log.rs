@@ -51,6 +51,18 @@ impl Log {
         self.entry(seq).map(|e| &e.record)
     }
 
+    /// The first record after `seq` whose payload is not that of its checksum, of as many as have `bytes_max` of payload.
+    pub(super) fn first_changed_after(&self, seq: Seq, bytes_max: usize) -> Option<Seq> {
+        let mut left = bytes_max;
+        let after = self.entries.iter().skip(seq.ahead_of(self.base) as usize).map(|e| &e.record);
+        let mut checked = after.take_while(|record| {
+            let is_within = left > 0;
+            left = left.saturating_sub(record.payload.len());
+            is_within
+        });
+        checked.find(|record| record.check_payload().is_err()).map(Record::seq)
+    }
+
     /// Whether every record after `seq` is still here.
     pub(super) fn holds_all_after(&self, seq: Seq) -> bool {
         self.base <= seq && seq <= self.last()
@@ -122,6 +134,22 @@ mod tests {
         assert!(log.holds_all_after(Seq(12)) && !log.holds_all_after(Seq(11)));
         log.trim(Seq(99));
         assert_eq!((log.bytes(), log.last()), (0, Seq(14)));
+    }
+
+    #[test]
+    fn a_payload_that_changed_is_found_among_those_that_are_looked_at() {
+        let mut log = Log::new(Seq(10));
+        for seq in 11..=14 {
+            let mut record = write(seq, 0);
+            if seq == 13 {
+                record.payload = vec![1; 4096].into();
+            }
+            log.push(record, Time::ZERO);
+        }
+        assert_eq!(log.first_changed_after(Seq(10), 1 << 20), Some(Seq(13)));
+        assert_eq!(log.first_changed_after(Seq(12), 1), Some(Seq(13)));
+        assert_eq!(log.first_changed_after(Seq(10), 8192), None);
+        assert_eq!(log.first_changed_after(Seq(13), 1 << 20), None);
     }
 
     #[test]

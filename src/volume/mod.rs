@@ -157,6 +157,8 @@ struct HeldChange<T> {
     queued_at: Time,
 }
 
+/// Payload that is compared with its checksums when a peer comes back, at most, bytes.
+const LOOKED_AT_BYTES_MAX: usize = 1 << 20;
 const STABLE_INTERVAL: Duration = Duration::from_millis(50);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longer than pings may take: a promise waits for a checkpoint that is being taken.
@@ -355,6 +357,17 @@ impl<T> Volume<T> {
             }
             Phase::Dead => {}
         }
+    }
+
+    /// Whether a record that a peer lacks who comes back after `seq` has changed in memory: refusing it may be why it left, and
+    /// every other peer would refuse it too. That is the end of the volume here.
+    fn has_changed_after(&mut self, seq: Seq) -> bool {
+        let changed = self.log.as_ref().and_then(|log| log.first_changed_after(seq, LOOKED_AT_BYTES_MAX));
+        if let Some(seq) = changed {
+            self.die(Failure::Shutdown);
+            self.events.push_back(Event::Corrupt { seq });
+        }
+        changed.is_some()
     }
 
     /// Ends the volume: every request fails.

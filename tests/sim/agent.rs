@@ -36,6 +36,9 @@ pub struct Agent {
     pub dies_at_checkpoint: Option<bool>,
     /// Reads that were at work.
     pub reads_done: u64,
+    /// Somebody damaged its superblock or its journal, so that it may be refused; and why it was.
+    pub is_damaged: bool,
+    pub refusal: Option<String>,
     /// First bytes of blocks whose bits were flipped.
     pub rotten: Vec<u64>,
 }
@@ -69,6 +72,8 @@ impl Agent {
             starts_at: None,
             dies_at_checkpoint: None,
             reads_done: 0,
+            is_damaged: false,
+            refusal: None,
             rotten: Vec::new(),
         }
     }
@@ -172,10 +177,18 @@ impl World {
             return;
         }
         let files = agent.disk.files();
-        let superblock = Superblock::read(files.superblock.as_ref()).expect("one slot is always whole");
-        journal::check_header(files.journal.as_ref(), superblock.identity.uuid).unwrap();
+        let superblock = match Superblock::read(files.superblock.as_ref()) {
+            Ok(superblock) => superblock,
+            Err(e) if agent.is_damaged => return agent.refusal = Some(e.to_string()),
+            Err(e) => panic!("a{index}: {e}"),
+        };
+        if let Err(e) = journal::check_header(files.journal.as_ref(), superblock.identity.uuid) {
+            assert!(agent.is_damaged, "a{index}: {e}");
+            return agent.refusal = Some(e.to_string());
+        }
         let opened = match recover(files, superblock) {
             Ok(opened) => opened,
+            Err(e @ RecoverError::Damaged { .. }) if agent.is_damaged => return agent.refusal = Some(e.to_string()),
             Err(RecoverError::Apply { cause, .. }) if cause.kind() == io::ErrorKind::StorageFull => {
                 return self.start_agent_after(index, ms(500));
             }
@@ -258,6 +271,7 @@ impl World {
         let poisoned = process.replica.condition() == Condition::Poisoned;
         for (conn, message) in said {
             let over = matches!(message, ToEngine::Refused(_));
+            let message = self.about_to_answer(index, message);
             self.send_to_engine(conn, &message);
             if over {
                 self.close_from_agent(conn);
@@ -284,8 +298,15 @@ impl World {
     pub fn job_done(&mut self, index: usize, life: u64, job: u64) {
         let agent = &mut self.agents[index];
         let Some(process) = agent.process.as_mut().filter(|_| agent.life == life) else { return };
-        let Some(job) = process.jobs.remove(&job) else { return };
         let now = self.now - process.started;
+        let Some(mut job) = process.jobs.remove(&job) else { return };
+        match &mut job {
+            Job::Group(job) => self.about_to_journal(index, job),
+            Job::Apply(job) => self.about_to_apply(index, job),
+            Job::Metadata(_) | Job::Read(_) | Job::Fetch(_) | Job::Extend(_) => {}
+        }
+        let agent = &mut self.agents[index];
+        let Some(process) = &mut agent.process else { return };
         match job {
             Job::Group(job) => {
                 let written = write_group(&agent.disk, &job).is_ok();

@@ -143,7 +143,8 @@ impl World {
         let now = self.engine_now(engine);
         let at = &mut self.engines[engine];
         if at.alive && at.conns[peer] == Some(conn) {
-            at.volume.peer_message(now, peer, message.checked());
+            let message = self.checked_by_engine(peer, message.checked());
+            self.engines[engine].volume.peer_message(now, peer, message);
             self.pump_engine(engine);
         }
     }
@@ -226,6 +227,11 @@ impl World {
             }
             Event::Fenced { promised, replica } => {
                 self.trace(|| format!("e{engine} is fenced by {promised} at {replica}"));
+                self.kill_engine(engine);
+            }
+            Event::Corrupt { seq } => {
+                self.trace(|| format!("e{engine} finds that record {seq} changed"));
+                assert!(self.fault_point.sprung > 0, "record {seq} changed in memory");
                 self.kill_engine(engine);
             }
             Event::Disconnect(peer) => {

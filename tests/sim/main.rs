@@ -11,6 +11,10 @@ mod check;
 mod client;
 mod disk;
 mod engine;
+mod fault_point;
+mod flips;
+#[path = "../integrity_table.rs"]
+mod integrity_table;
 mod net;
 mod obstacles;
 mod oracle;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use protocol::wire::{PREFIX_BYTES, Prefix, frame_to_agent, frame_to_engine};
+use protocol::wire::{PREFIX_BYTES, Prefix, WireError, frame_to_agent, frame_to_engine};
 use protocol::{ToAgent, ToEngine};
 
 use crate::world::{Happening, Time, World, ms};
@@ -55,9 +55,9 @@ fn whole(head: &[u8], bulk: &[u8]) -> Bytes {
     frame.freeze()
 }
 
-fn split(frame: &Bytes) -> (Prefix, Bytes) {
-    let prefix = Prefix::decode(frame[..PREFIX_BYTES].try_into().unwrap()).expect("the network damages nothing");
-    (prefix, frame.slice(PREFIX_BYTES..))
+fn decode<M>(frame: &Bytes, message: impl FnOnce(&Prefix, Bytes) -> Result<M, WireError>) -> Result<M, WireError> {
+    let prefix = Prefix::decode(frame[..PREFIX_BYTES].try_into().unwrap())?;
+    message(&prefix, frame.slice(PREFIX_BYTES..))
 }
 
 /// A message in few words.
@@ -85,9 +85,12 @@ impl World {
     pub fn send_to_agent(&mut self, id: ConnId, message: &ToAgent) {
         let delay = self.some_delay();
         let now = self.now;
-        let Some(conn) = self.conns.get_mut(&id).filter(|c| !c.broken) else { return };
+        let Some(agent) = self.conns.get(&id).filter(|c| !c.broken).map(|c| c.agent) else { return };
         let frame = frame_to_agent(message);
-        conn.to_agent.push_back(whole(&frame.head, &frame.bulk));
+        let part = self.flips_to_agent(agent, message);
+        let frame = self.frame_on_its_way(agent, part, whole(&frame.head, &frame.bulk), frame.bulk.len());
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        conn.to_agent.push_back(frame);
         conn.last_to_agent = conn.last_to_agent.max(now + delay);
         let at = conn.last_to_agent;
         self.at(at, Happening::ToAgent(id));
@@ -96,9 +99,12 @@ impl World {
     pub fn send_to_engine(&mut self, id: ConnId, message: &ToEngine) {
         let delay = self.some_delay();
         let now = self.now;
-        let Some(conn) = self.conns.get_mut(&id).filter(|c| !c.broken) else { return };
+        let Some(agent) = self.conns.get(&id).filter(|c| !c.broken).map(|c| c.agent) else { return };
         let frame = frame_to_engine(message);
-        conn.to_engine.push_back(whole(&frame.head, &frame.bulk));
+        let part = self.flips_to_engine(agent, message);
+        let frame = self.frame_on_its_way(agent, part, whole(&frame.head, &frame.bulk), frame.bulk.len());
+        let Some(conn) = self.conns.get_mut(&id) else { return };
+        conn.to_engine.push_back(frame);
         conn.last_to_engine = conn.last_to_engine.max(now + delay);
         let at = conn.last_to_engine;
         self.at(at, Happening::ToEngine(id));
@@ -109,8 +115,7 @@ impl World {
         let Some(frame) = conn.to_agent.pop_front() else { return };
         let (engine, agent) = (conn.engine, conn.agent);
         if conn.open_at_agent {
-            let (prefix, rest) = split(&frame);
-            let message = prefix.to_agent(rest).expect("what was framed can be read");
+            let Ok(message) = decode(&frame, Prefix::to_agent) else { return self.cannot_be_read(id) };
             if !matches!(message, ToAgent::Ping { .. }) {
                 self.trace(|| format!("e{engine} -> a{agent} #{id} {}", brief_to_agent(&message)));
             }
@@ -124,13 +129,19 @@ impl World {
         let Some(frame) = conn.to_engine.pop_front() else { return };
         let (engine, agent) = (conn.engine, conn.agent);
         if conn.open_at_engine {
-            let (prefix, rest) = split(&frame);
-            let message = prefix.to_engine(rest).expect("what was framed can be read");
+            let Ok(message) = decode(&frame, Prefix::to_engine) else { return self.cannot_be_read(id) };
             if !matches!(message, ToEngine::Pong { .. }) {
                 self.trace(|| format!("a{agent} -> e{engine} #{id} {}", brief_to_engine(&message)));
             }
             self.engine_message(id, message);
         }
+    }
+
+    /// Whoever got a frame that cannot be read ends the connection.
+    fn cannot_be_read(&mut self, id: ConnId) {
+        assert!(self.fault_point.sprung > 0, "what was framed can be read");
+        self.unreadable_frames += 1;
+        self.cut(id, false);
     }
 
     /// The agent closes: what it sent before still arrives.

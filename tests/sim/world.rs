@@ -13,6 +13,7 @@ use protocol::{AckPolicy, Record, ReplicaName, View, VolumeUuid};
 use crate::agent::Agent;
 use crate::disk::{Disk, SECTOR};
 use crate::engine::Engine;
+use crate::fault_point::FaultPoint;
 use crate::net::{Conn, ConnId};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
@@ -143,6 +144,9 @@ pub struct World {
     /// Bytes that engines sent to syncing replicas.
     pub copied_bytes: u64,
     pub notices: Vec<Notice>,
+    /// Connections that ended because a frame could not be read.
+    pub unreadable_frames: usize,
+    pub fault_point: FaultPoint,
     pub refusals: Vec<StartRefusal>,
     /// New engines start by themselves when none is alive, and faults are drawn.
     pub wild: bool,
@@ -186,6 +190,8 @@ impl World {
             records: BTreeMap::new(),
             copied_bytes: 0,
             notices: Vec::new(),
+            unreadable_frames: 0,
+            fault_point: FaultPoint::default(),
             refusals: Vec::new(),
             wild: false,
             setup,
