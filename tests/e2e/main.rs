@@ -27,6 +27,7 @@ mod activation;
 mod bounds;
 mod clients;
 mod crash;
+mod damage;
 mod disks;
 mod durability;
 mod errors;

@@ -1,5 +1,5 @@
-//! A TCP proxy between the engine and one agent: a network that a story can cut, slow down, and count bytes on. It looks
-//! at none of the bytes.
+//! A TCP proxy between the engine and one agent: a network that a story can cut, slow down, count bytes on, and have flip
+//! bits of what carries [`MARK`]. Else it looks at none of the bytes.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -8,6 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::scratch;
+
+/// Bytes that the proxy knows again in what clients wrote.
+pub const MARK: &[u8; 16] = b"a-bit-flips-here";
 
 /// A running proxy. Dropping it breaks its connections.
 pub struct Proxy {
@@ -22,6 +25,8 @@ struct Shared {
     /// Towards the agent; 0 is as fast as it goes.
     bytes_per_second: AtomicU64,
     forwarded: AtomicU64,
+    /// Bits to flip on the way to the agent, and on the way to the engine.
+    flips: [AtomicU64; 2],
     open: Mutex<Vec<TcpStream>>,
 }
 
@@ -36,6 +41,7 @@ impl Proxy {
             cut: AtomicBool::new(false),
             bytes_per_second: AtomicU64::new(0),
             forwarded: AtomicU64::new(0),
+            flips: Default::default(),
             open: Mutex::new(Vec::new()),
         });
         let accepting = Arc::clone(&shared);
@@ -62,6 +68,21 @@ impl Proxy {
     /// At most so much per second goes to the agent from now on; 0 for no limit.
     pub fn slow_down(&self, bytes_per_second: u64) {
         self.shared.bytes_per_second.store(bytes_per_second, Ordering::SeqCst);
+    }
+
+    /// Flips a bit behind the next mark that goes to the agent.
+    pub fn flip_to_agent(&self) {
+        self.shared.flips[0].store(1, Ordering::SeqCst);
+    }
+
+    /// Flips a bit behind the next mark that goes to the engine.
+    pub fn flip_to_engine(&self) {
+        self.shared.flips[1].store(1, Ordering::SeqCst);
+    }
+
+    /// How many of these bits are still to flip.
+    pub fn flips_left(&self) -> u64 {
+        self.shared.flips.iter().map(|flips| flips.load(Ordering::SeqCst)).sum()
     }
 
     /// Bytes that went to the agent so far.
@@ -119,19 +140,34 @@ fn join(engine: TcpStream, agent: TcpStream, shared: &Arc<Shared>) -> std::io::R
     if shared.cut.load(Ordering::SeqCst) || shared.over.load(Ordering::SeqCst) {
         shared.break_all();
     }
-    let counting = Arc::clone(shared);
-    std::thread::spawn(move || relay(engine, to_agent, Some(&counting)));
-    std::thread::spawn(move || relay(agent, to_engine, None));
+    let (there, back) = (Arc::clone(shared), Arc::clone(shared));
+    std::thread::spawn(move || relay(engine, to_agent, &there, true));
+    std::thread::spawn(move || relay(agent, to_engine, &back, false));
     Ok(())
 }
 
-fn relay(mut from: TcpStream, mut to: TcpStream, counted: Option<&Shared>) {
+/// Flips a bit of `bytes` if one is to flip and they carry a mark.
+fn flip(bytes: &mut [u8], left: &AtomicU64) {
+    if left.load(Ordering::SeqCst) > 0
+        && let Some(at) = bytes.windows(MARK.len()).position(|window| window == MARK)
+    {
+        bytes[at + MARK.len() - 1] ^= 0x04;
+        left.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn relay(mut from: TcpStream, mut to: TcpStream, shared: &Shared, is_to_agent: bool) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count) = from.read(&mut buffer)
         && count > 0
-        && to.write_all(&buffer[..count]).is_ok()
     {
-        let Some(shared) = counted else { continue };
+        flip(&mut buffer[..count], &shared.flips[usize::from(!is_to_agent)]);
+        if to.write_all(&buffer[..count]).is_err() {
+            break;
+        }
+        if !is_to_agent {
+            continue;
+        }
         shared.forwarded.fetch_add(count as u64, Ordering::SeqCst);
         let rate = shared.bytes_per_second.load(Ordering::SeqCst);
         if rate > 0 {
