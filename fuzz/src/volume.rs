@@ -194,7 +194,7 @@ impl Run {
     /// Takes everything that the volume says.
     fn settle(&mut self) {
         for peer in 0..PEERS {
-            for message in self.volume.take_outbox(peer, 1 << 20) {
+            for message in self.volume.take_outbox(self.now, peer, 1 << 20) {
                 match message {
                     ToAgent::Promise { epoch, .. } => self.promise[peer] = epoch,
                     ToAgent::Append(record) => self.last[peer] = record.seq(),

@@ -75,7 +75,7 @@ impl Seat {
             let now = task.now();
             let outgoing = || match volume.outbox_due(now, self.peer) {
                 None => Outgoing::Nothing,
-                Some(due) if due <= now => Outgoing::Messages(volume.take_outbox(self.peer, bytes_max)),
+                Some(due) if due <= now => Outgoing::Messages(volume.take_outbox(now, self.peer, bytes_max)),
                 Some(due) => Outgoing::Later(due - now),
             };
             (!self.is_vacated()).then(outgoing)

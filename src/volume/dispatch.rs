@@ -62,10 +62,12 @@ impl<T> Volume<T> {
         }
         let last = self.last_given_out();
         for id in candidates {
+            let Some(range) = self.reads.pieces.get(&piece).map(|at| at.range) else { return };
+            let after = self.read_after(id, range);
             let Some(at) = self.reads.pieces.get_mut(&piece) else { return };
             at.asked.push((id, now));
             at.outstanding += 1;
-            self.peers[id].ask(last, piece, at.what, at.range);
+            self.peers[id].ask(after, last, piece, at.what, at.range);
         }
     }
 

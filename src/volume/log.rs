@@ -102,6 +102,13 @@ impl Log {
         self.entries.iter().skip(skip).map(|e| e.record.header.range()).filter(|r| r.length > 0)
     }
 
+    /// The last record after `seq` that changes a byte of `range`.
+    pub(super) fn last_change_after(&self, seq: Seq, range: ByteRange) -> Option<Seq> {
+        let skip = (seq.ahead_of(self.base) as usize).min(self.entries.len());
+        let changed = self.entries.range(skip..).rev().find(|e| e.record.header.range().overlaps(range));
+        changed.map(|e| e.record.seq())
+    }
+
     /// The last record up to `until` that changes a byte of `range`.
     pub(super) fn last_change(&self, range: ByteRange, until: Seq) -> Option<Seq> {
         let take = until.ahead_of(self.base) as usize;

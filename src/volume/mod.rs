@@ -211,11 +211,6 @@ impl<T> Volume<T> {
         self.events.pop_front()
     }
 
-    /// Takes messages for a peer's connection, in order, until `bytes_max` of records are taken.
-    pub fn take_outbox(&mut self, peer: PeerId, bytes_max: u64) -> Vec<ToAgent> {
-        self.peers[peer].take(self.log.as_ref(), bytes_max)
-    }
-
     fn is_dead(&self) -> bool {
         matches!(self.phase, Phase::Dead)
     }

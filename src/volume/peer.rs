@@ -268,9 +268,9 @@ impl Peer {
         self.queued.push_back(Queued { after, message });
     }
 
-    /// Queues a read behind all records up to `after`.
-    pub(super) fn ask(&mut self, after: Seq, id: u64, what: ReadKind, range: ByteRange) {
-        self.reads.insert(id, after);
+    /// Queues a read behind all records up to `after`; those after that, up to `seen`, change nothing that it looks at.
+    pub(super) fn ask(&mut self, after: Seq, seen: Seq, id: u64, what: ReadKind, range: ByteRange) {
+        self.reads.insert(id, seen);
         self.push_after(after, ToAgent::Read { id, what, offset: range.offset, length: range.length });
     }
 
@@ -308,7 +308,7 @@ impl Peer {
         fits.then_some(record)
     }
 
-    /// Takes messages for the link, in order, until `bytes_max` of payload are taken.
+    /// Takes messages for the link, in order, until `bytes_max` of payload are taken; no records without a log.
     pub(super) fn take(&mut self, log: Option<&Log>, bytes_max: u64) -> Vec<ToAgent> {
         let mut taken = Vec::new();
         let mut bytes = 0;
@@ -324,15 +324,18 @@ impl Peer {
         taken
     }
 
-    /// Whether [`Peer::take`] would give anything but records, or must not give only these.
-    pub(super) fn has_messages(&self) -> bool {
-        !self.urgent.is_empty() || !self.queued.is_empty()
+    /// Whether [`Peer::take`] would give something that waits for no record.
+    pub(super) fn has_message(&self) -> bool {
+        !self.urgent.is_empty() || self.queued.front().is_some_and(|q| q.after <= self.sent)
+    }
+
+    /// Whether a message waits for records that were not sent.
+    pub(super) fn needs_records(&self) -> bool {
+        self.queued.back().is_some_and(|q| q.after > self.sent)
     }
 
     /// Whether [`Peer::take`] would give anything.
     pub(super) fn has_output(&self, log: Option<&Log>) -> bool {
-        !self.urgent.is_empty()
-            || self.queued.front().is_some_and(|q| q.after <= self.sent)
-            || log.is_some_and(|log| self.next_record(log).is_some())
+        self.has_message() || log.is_some_and(|log| self.next_record(log).is_some())
     }
 }

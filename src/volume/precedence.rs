@@ -5,9 +5,12 @@
 //! record, where it is in the way of the answers if hardware is shared, and costs other members nothing that anybody waits
 //! for. Who falls behind leaves the front by that alone.
 //!
-//! Owns no rule of the order: a record that is held back is a record on its way.
+//! Owns no rule of the order: a record that is held back is a record on its way, and a read that has to see it goes after it.
 
 use std::cmp::Reverse;
+
+use protocol::ranges::ByteRange;
+use protocol::{BLOCK_BYTES, Seq, ToAgent};
 
 use super::{Peer, PeerId, Phase, Role, Time, Volume};
 
@@ -15,6 +18,8 @@ use super::{Peer, PeerId, Phase, Role, Time, Volume};
 const TOGETHER_MAX: Time = Time::from_millis(2);
 /// How much of them may, journal bytes: more at once is no better.
 const TOGETHER_BYTES_MAX: u64 = 256 << 10;
+/// Of so many records that were not sent it is looked up whether a read has to see them.
+const LOOKED_AT_MAX: u64 = 256;
 
 impl<T> Volume<T> {
     /// When [`Volume::take_outbox`] should be called next, which may be a moment that is over; `None` if it would give
@@ -22,7 +27,29 @@ impl<T> Volume<T> {
     #[must_use]
     pub fn outbox_due(&self, now: Time, peer: PeerId) -> Option<Time> {
         let at = &self.peers[peer];
+        if at.has_message() {
+            return Some(now);
+        }
         at.has_output(self.log.as_ref()).then(|| self.held_back_until(peer, at).unwrap_or(now))
+    }
+
+    /// Takes messages for a peer's connection, in order, until `bytes_max` of records are taken; no records that are held
+    /// back.
+    pub fn take_outbox(&mut self, now: Time, peer: PeerId, bytes_max: u64) -> Vec<ToAgent> {
+        let is_held_back = self.held_back_until(peer, &self.peers[peer]).is_some_and(|until| now < until);
+        let log = self.log.as_ref().filter(|_| !is_held_back);
+        self.peers[peer].take(log, bytes_max)
+    }
+
+    /// Behind which record a member must do a read of `range`: the last that changes any of its blocks, if that was not
+    /// sent yet. A read of something else need not wait for records that are held back.
+    pub(super) fn read_after(&self, peer: PeerId, range: ByteRange) -> Seq {
+        let Some(log) = &self.log else { return Seq(0) };
+        let sent = self.peers[peer].sent();
+        if log.last().ahead_of(sent) > LOOKED_AT_MAX {
+            return log.last();
+        }
+        log.last_change_after(sent, range.aligned(BLOCK_BYTES)).unwrap_or(sent.min(log.last()))
     }
 
     fn held_back_until(&self, peer: PeerId, at: &Peer) -> Option<Time> {
@@ -31,7 +58,7 @@ impl<T> Volume<T> {
         let can_wait = serves
             && at.role == Role::Member
             && !self.front.contains(&peer)
-            && !at.has_messages()
+            && !at.needs_records()
             && !self.flush_waits_for_all_behind()
             && log.bytes_between(at.sent(), log.last()) < TOGETHER_BYTES_MAX;
         can_wait.then(|| log.queued_at(at.sent().next())).flatten().map(|queued_at| queued_at + TOGETHER_MAX)

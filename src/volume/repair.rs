@@ -305,7 +305,7 @@ impl<T> Volume<T> {
         let Some(source) = (0..self.peers.len()).filter(can).min_by_key(cost) else { return };
         let id = self.reads.id();
         repair.read.ask(id, now);
-        self.peers[source].ask(last, id, ReadKind::Data, block_at(block));
+        self.peers[source].ask(last, last, id, ReadKind::Data, block_at(block));
     }
 
     /// A member answered a read; whether it was one of a repair.

@@ -39,7 +39,7 @@ impl<T> Volume<T> {
         for peer in members {
             piece.asked.push((peer, now));
             piece.outstanding += 1;
-            self.peers[peer].ask(last, id, ReadKind::Data, range);
+            self.peers[peer].ask(last, last, id, ReadKind::Data, range);
         }
     }
 

@@ -172,7 +172,7 @@ impl World {
             while self.conns.get(&conn).is_some_and(|c| !c.is_congested(self.setup.in_flight_max))
                 && self.engines[engine].volume.outbox_due(now, peer).is_some_and(|due| due <= now)
             {
-                for message in self.engines[engine].volume.take_outbox(peer, 16 << 10) {
+                for message in self.engines[engine].volume.take_outbox(now, peer, 16 << 10) {
                     self.note_record(engine, &message);
                     self.send_to_agent(conn, &message);
                 }

@@ -129,7 +129,7 @@ impl<T> Volume<T> {
             };
             let id = self.reads.id();
             copying.asked(offset, id, now);
-            self.peers[source].ask(last, id, ReadKind::Data, range);
+            self.peers[source].ask(last, last, id, ReadKind::Data, range);
         }
     }
 
