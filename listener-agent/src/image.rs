@@ -21,8 +21,10 @@ use protocol::extents::Extent;
 use protocol::message::{Copy, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
 use protocol::record::RecordError;
+use protocol::scrub::BlockFound;
 use protocol::{BLOCK_BYTES, Record, RecordKind};
 
+use crate::blocks;
 use crate::chain::{self, Change, PartChange};
 use crate::disk::write_back::WriteBack;
 use crate::disk::{RawFile, ReplicaFiles};
@@ -287,7 +289,20 @@ impl Image {
                 self.image.read_ahead(range);
                 ReadOutcome::Prefetched
             }
+            ReadKind::Scrub => self.scrub(range).map_or(ReadOutcome::Failed, ReadOutcome::Scrubbed),
         }
+    }
+
+    /// What the disk holds of each block of a range of whole blocks. An error if the checksums cannot be read, or if blocks
+    /// may be anything because a sync failed.
+    fn scrub(&self, range: ByteRange) -> io::Result<Vec<BlockFound>> {
+        let stored = self.stored(range.offset, (range.length / BLOCK_BYTES) as usize)?;
+        let found = blocks::look_at(&*self.image, range, &stored);
+        let is_sound = found.iter().all(|block| matches!(block, BlockFound::Sound { .. }));
+        if !is_sound && self.sync_failed.load(Ordering::SeqCst) {
+            return Err(io::Error::other("a sync failed before"));
+        }
+        Ok(found)
     }
 
     /// How a range is kept, from its first byte on: at least one extent, which may all end before the range does. Nothing

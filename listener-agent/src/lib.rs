@@ -5,6 +5,7 @@
 //! and opens it, [`inspect`] looks at it offline,
 //! and [`rebuild`] gives it checksums where they are lost.
 
+mod blocks;
 pub mod carry_out;
 mod chain;
 pub mod config;

@@ -14,6 +14,7 @@ pub mod position;
 pub mod quorum;
 pub mod ranges;
 pub mod record;
+pub mod scrub;
 pub mod view;
 pub mod wire;
 

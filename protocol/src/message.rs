@@ -14,6 +14,7 @@ use crate::position::{Epoch, EpochHistory, Position, Seq};
 use crate::quorum::AckPolicies;
 use crate::ranges::ByteRange;
 use crate::record::{Record, RecordHeader};
+use crate::scrub::{self, BlockFound};
 use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
 use crate::{BLOCK_BYTES, RECORD_PAYLOAD_BYTES_MAX};
 
@@ -102,6 +103,8 @@ pub enum ReadKind {
     Extents,
     /// Nothing: it will be read soon.
     Prefetch,
+    /// What its disk holds of each block: of a range of whole blocks, exactly as of this place in the order of messages.
+    Scrub,
 }
 
 impl ReadKind {
@@ -109,7 +112,7 @@ impl ReadKind {
     #[must_use]
     pub fn bytes_max(self) -> u64 {
         match self {
-            ReadKind::Data => RECORD_PAYLOAD_BYTES_MAX as u64,
+            ReadKind::Data | ReadKind::Scrub => RECORD_PAYLOAD_BYTES_MAX as u64,
             ReadKind::Extents => 64 << 30,
             ReadKind::Prefetch => 64 << 20,
         }
@@ -120,6 +123,7 @@ impl ReadKind {
             ReadKind::Data => 0,
             ReadKind::Extents => 1,
             ReadKind::Prefetch => 2,
+            ReadKind::Scrub => 3,
         }
     }
 
@@ -128,7 +132,8 @@ impl ReadKind {
             0 => ReadKind::Data,
             1 => ReadKind::Extents,
             2 => ReadKind::Prefetch,
-            3..=u8::MAX => return Err(Malformed { field: "what to read" }),
+            3 => ReadKind::Scrub,
+            4..=u8::MAX => return Err(Malformed { field: "what to read" }),
         })
     }
 }
@@ -287,6 +292,8 @@ pub enum ReadOutcome {
     Extents(Vec<Extent>),
     /// The system was told that the range will be read soon, or cannot be told.
     Prefetched,
+    /// What was found of each block, in order.
+    Scrubbed(Vec<BlockFound>),
     /// A block does not match its stored checksum.
     ChecksumMismatch {
         /// First byte of the first such block.
@@ -671,6 +678,10 @@ impl ToEngine {
                     }
                     ReadOutcome::Cancelled => out.put_u8(6),
                     ReadOutcome::Damaged => out.put_u8(255),
+                    ReadOutcome::Scrubbed(found) => {
+                        out.put_u8(7);
+                        scrub::put_blocks(out, found);
+                    }
                 }
             }
             ToEngine::Fetched(record) => {
@@ -755,8 +766,9 @@ fn decode_outcome(r: &mut Reader<'_>, bulk: &mut Option<Bytes>) -> Result<ReadOu
         4 => ReadOutcome::Prefetched,
         5 => ReadOutcome::Unreadable { offset: r.u64("offset")? },
         6 => ReadOutcome::Cancelled,
+        7 => ReadOutcome::Scrubbed(scrub::read_blocks(r)?),
         255 => ReadOutcome::Damaged,
-        7..=254 => return Err(Malformed { field: "outcome" }),
+        8..=254 => return Err(Malformed { field: "outcome" }),
     })
 }
 

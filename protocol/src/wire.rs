@@ -172,6 +172,7 @@ mod tests {
     use crate::quorum::{AckPolicies, AckPolicy};
     use crate::ranges::ByteRange;
     use crate::record::{Record, RecordKind};
+    use crate::scrub::BlockFound;
     use crate::view::{View, ViewState, VolumeUuid};
 
     fn prefix_and_rest(frame: &Frame) -> ([u8; PREFIX_BYTES], Bytes) {
@@ -218,6 +219,7 @@ mod tests {
             ToAgent::Read { id: 1, what: ReadKind::Data, offset: 2, length: 3 },
             ToAgent::Read { id: 1, what: ReadKind::Extents, offset: 2, length: 1 << 36 },
             ToAgent::Read { id: 1, what: ReadKind::Prefetch, offset: 2, length: 3 },
+            ToAgent::Read { id: 1, what: ReadKind::Scrub, offset: 4096, length: 8192 },
             ToAgent::Fetch { from: Seq(1), to: Seq(2) },
             ToAgent::Goodbye,
             ToAgent::Begin(begin),
@@ -278,6 +280,7 @@ mod tests {
             read(ReadOutcome::Extents(vec![Extent { length: 4096, allocation: Allocation::Zeroes }; EXTENTS_MAX])),
             read(ReadOutcome::Prefetched),
             read(ReadOutcome::Damaged),
+            read(ReadOutcome::Scrubbed(vec![BlockFound::Sound { checksum: 7 }, BlockFound::Mismatch])),
             ToEngine::Fetched(record()),
             ToEngine::FetchEnd { next: Seq(2) },
             ToEngine::Condition(Condition::Healthy),

@@ -105,7 +105,7 @@ impl<T> Volume<T> {
                         self.must_be_committed(range, applied)
                     }
                     ReadKind::Extents => self.must_be_committed(range, applied),
-                    ReadKind::Prefetch => Seq(0),
+                    ReadKind::Prefetch | ReadKind::Scrub => Seq(0),
                 };
                 self.answer_or_hold(now, Held { piece: id, answer, until });
             }

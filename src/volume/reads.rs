@@ -81,10 +81,11 @@ impl Piece {
             }
             (ReadKind::Prefetch, ReadOutcome::Prefetched) => Some(Answer::Done),
             (
-                ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch,
+                ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch | ReadKind::Scrub,
                 ReadOutcome::Data { .. }
                 | ReadOutcome::Extents(_)
                 | ReadOutcome::Prefetched
+                | ReadOutcome::Scrubbed(_)
                 | ReadOutcome::ChecksumMismatch { .. }
                 | ReadOutcome::Unreadable { .. }
                 | ReadOutcome::Cancelled
@@ -150,7 +151,7 @@ impl<T> Reads<T> {
     pub(super) fn begin(&mut self, token: T, what: ReadKind, range: ByteRange, compares: bool) -> Vec<u64> {
         let piece_bytes = what.bytes_max();
         let length = match what {
-            ReadKind::Data => range.length,
+            ReadKind::Data | ReadKind::Scrub => range.length,
             ReadKind::Extents | ReadKind::Prefetch => range.length.min(piece_bytes),
         };
         let wanted = ByteRange { length, ..range };

@@ -72,6 +72,7 @@ pub(super) fn bad_block(outcome: &ReadOutcome, range: ByteRange) -> Option<(u64,
         ReadOutcome::Data { .. }
         | ReadOutcome::Extents(_)
         | ReadOutcome::Prefetched
+        | ReadOutcome::Scrubbed(_)
         | ReadOutcome::Cancelled
         | ReadOutcome::Failed
         | ReadOutcome::Damaged => return None,

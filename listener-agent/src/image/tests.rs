@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::disk::file::{Caching, SystemFile};
-use protocol::checksum::crc32;
+use protocol::checksum::{crc32, stored_block_checksum};
 use protocol::{Epoch, Position, Seq};
 
 const SIZE: u64 = 1 << 20;
@@ -163,4 +163,17 @@ fn what_no_journal_knows_outlives_the_process() {
         assert_eq!(bad, Err(4096), "a block that was found bad is known to be, also to a replay");
         f.image.apply(&partial, Trust::InDoubt).unwrap();
     }
+}
+
+#[test]
+fn a_scrub_calls_no_block_bad_after_a_failed_sync() {
+    let f = fixture();
+    f.image.apply(&write(0, &[1; 8192]), Trust::Verified).unwrap();
+    f.image.image.write_at(5000, &[9]).unwrap();
+    let all = ByteRange { offset: 0, length: 8192 };
+    let found = f.image.read(ReadKind::Scrub, all);
+    let sound = BlockFound::Sound { checksum: stored_block_checksum(&[1; 4096]) };
+    assert_eq!(found, ReadOutcome::Scrubbed(vec![sound, BlockFound::Mismatch]));
+    f.image.sync_failed.store(true, Ordering::SeqCst);
+    assert_eq!(f.image.read(ReadKind::Scrub, all), ReadOutcome::Failed);
 }

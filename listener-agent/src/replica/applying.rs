@@ -1,7 +1,7 @@
 //! What a replica applies to its image next, in which order, and what follows from it.
 //!
-//! **Invariant:** nothing is applied before it is durable, out of the order in which it was received, or to a block that a
-//! read at work touches.
+//! **Invariant:** nothing is applied before it is durable, out of the order in which it was received, to a block that a
+//! read at work touches, or to one that a scrub which came before it has not looked at.
 
 use protocol::message::Condition;
 use protocol::{Position, Record, Seq, ToEngine};
@@ -62,14 +62,19 @@ impl Replica {
     }
 
     fn due(&self) -> Option<Due> {
-        if let Some(range) = self.copies.due(self.applied.seq) {
-            return (!self.reads.blocks(range)).then_some(Due::Copies);
+        if let Some((range, place)) = self.copies.due(self.applied.seq) {
+            return (!self.reads.blocks(range, place)).then_some(Due::Copies);
         }
         let record = self.pending.front().filter(|r| r.seq() <= self.apply_until())?;
         match new_size(record) {
             Some(to) => Some(Due::Growth(record.header.position(), Growth { from: self.applied_size, to })),
-            None => (!self.reads.blocks(record.header.range())).then_some(Due::Records),
+            None => (!self.must_wait(record)).then_some(Due::Records),
         }
+    }
+
+    /// Whether a read stands in the way of a record.
+    fn must_wait(&self, record: &Record) -> bool {
+        self.reads.blocks(record.header.range(), Place { seq: record.seq(), copy: 0 })
     }
 
     /// The next changes to make to the image, in order; [`Replica::apply_done`] must follow.
@@ -84,7 +89,7 @@ impl Replica {
                 Changes::Records(records)
             }
             Due::Copies => {
-                let may = |range| !self.reads.blocks(range);
+                let may = |range, place| !self.reads.blocks(range, place);
                 let copies = self.copies.start(self.applied.seq, APPLY_BATCH_BYTES_MAX, may);
                 self.applying = Some(Applying::Copies);
                 Changes::Copies(copies)
@@ -103,7 +108,7 @@ impl Replica {
         let mut bytes = 0;
         self.pending
             .iter()
-            .take_while(|r| r.seq() <= until && new_size(r).is_none() && !self.reads.blocks(r.header.range()))
+            .take_while(|r| r.seq() <= until && new_size(r).is_none() && !self.must_wait(r))
             .take(APPLY_BATCH_RECORDS_MAX)
             .take_while(|r| {
                 let fits = bytes <= APPLY_BATCH_BYTES_MAX;

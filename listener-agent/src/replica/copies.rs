@@ -83,9 +83,9 @@ impl CopyQueue {
         self.waiting.front().map(|w| w.place.seq)
     }
 
-    /// The range of the next copy, if all records before it are applied.
-    pub(super) fn due(&self, applied: Seq) -> Option<ByteRange> {
-        self.waiting.front().filter(|w| w.place.seq <= applied).map(|w| w.copy.range)
+    /// The range and the place of the next copy, if all records before it are applied.
+    pub(super) fn due(&self, applied: Seq) -> Option<(ByteRange, Place)> {
+        self.waiting.front().filter(|w| w.place.seq <= applied).map(|w| (w.copy.range, w.place))
     }
 
     /// The last copy that shares a block with a range.
@@ -99,12 +99,12 @@ impl CopyQueue {
     }
 
     /// Takes the copies that are due and that `may` be made.
-    pub(super) fn start(&mut self, applied: Seq, bytes_max: u64, may: impl Fn(ByteRange) -> bool) -> Vec<Copy> {
+    pub(super) fn start(&mut self, applied: Seq, bytes_max: u64, may: impl Fn(ByteRange, Place) -> bool) -> Vec<Copy> {
         let mut bytes = 0;
         let copies: Vec<Copy> = self
             .waiting
             .iter()
-            .take_while(|w| w.place.seq <= applied && may(w.copy.range))
+            .take_while(|w| w.place.seq <= applied && may(w.copy.range, w.place))
             .take_while(|w| {
                 let fits = bytes <= bytes_max;
                 bytes += cost(&w.copy);

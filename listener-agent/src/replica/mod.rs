@@ -14,7 +14,7 @@
 //!   being written; the promise is answered with the position that is durable then. So the position told to a new engine
 //!   can no longer change behind its back.
 //! * A read and a record that touch the same block are never at work together, and a read sees every record that was
-//!   received before it.
+//!   received before it. A scrub sees no other.
 //! * Copies and records are applied in the order in which they were received.
 //! * Journal space is reused only after the superblock that gives it up is durable.
 //! * No clock, file, socket, thread or randomness in here: time is an argument.
@@ -40,7 +40,7 @@ use protocol::message::{Condition, EngineId, Promised, ReadKind, ReadOutcome, Re
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::{DirtyChange, Resize, ViewChange};
-use protocol::{Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
+use protocol::{BLOCK_BYTES, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
 use crate::image::is_size_allowed;
 use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
@@ -562,7 +562,8 @@ impl Replica {
     fn on_read(&mut self, session: SessionId, id: u64, what: ReadKind, range: ByteRange) {
         let ByteRange { offset, length } = range;
         let sound = (1..=what.bytes_max()).contains(&length)
-            && offset.checked_add(length).is_some_and(|end| end <= self.received_size);
+            && offset.checked_add(length).is_some_and(|end| end <= self.received_size)
+            && (what != ReadKind::Scrub || range == range.aligned(BLOCK_BYTES));
         if !sound || self.reads.len() >= READS_MAX {
             return self.refuse_protocol(session, &format!("read of {offset}+{length} cannot be taken"));
         }

@@ -27,8 +27,17 @@ impl ReadJob {
     #[must_use]
     pub fn looks(&self) -> bool {
         match self.what {
-            ReadKind::Data | ReadKind::Extents => true,
+            ReadKind::Data | ReadKind::Extents | ReadKind::Scrub => true,
             ReadKind::Prefetch => false,
+        }
+    }
+
+    /// Whether its answer may show no record that came after it: records that share a block with it wait from the moment
+    /// it came. Other reads may show more than they must.
+    fn is_barrier(&self) -> bool {
+        match self.what {
+            ReadKind::Scrub => true,
+            ReadKind::Data | ReadKind::Extents | ReadKind::Prefetch => false,
         }
     }
 }
@@ -46,6 +55,8 @@ pub(super) struct Place {
 pub(super) struct ReadQueue {
     /// By what must be applied first.
     waiting: BTreeMap<Place, Vec<ReadJob>>,
+    /// How many of these are barriers.
+    barriers_waiting: usize,
     ready: VecDeque<ReadJob>,
     active: Vec<ReadJob>,
 }
@@ -56,6 +67,7 @@ impl ReadQueue {
     }
 
     pub(super) fn wait_for(&mut self, place: Place, job: ReadJob) {
+        self.barriers_waiting += usize::from(job.is_barrier());
         self.waiting.entry(place).or_default().push(job);
     }
 
@@ -68,12 +80,15 @@ impl ReadQueue {
             if *entry.key() > place {
                 break;
             }
-            self.ready.extend(entry.remove());
+            let jobs = entry.remove();
+            self.barriers_waiting -= jobs.iter().filter(|j| j.is_barrier()).count();
+            self.ready.extend(jobs);
         }
     }
 
     /// What was waited for will not come.
     pub(super) fn stop_waiting(&mut self) {
+        self.barriers_waiting = 0;
         self.ready.extend(std::mem::take(&mut self.waiting).into_values().flatten());
     }
 
@@ -96,9 +111,16 @@ impl ReadQueue {
         self.active.swap_remove(at);
     }
 
-    /// Whether a read at work touches a block of `range`, or one that may begin at any moment.
-    pub(super) fn blocks(&self, range: ByteRange) -> bool {
-        self.active.iter().chain(&self.ready).any(|a| a.looks() && a.range.shares_block(range))
+    /// Whether a change of `range` at `place` must wait: a read at work touches a block of it, or one that may begin at any
+    /// moment, or a barrier that waits for an earlier change.
+    pub(super) fn blocks(&self, range: ByteRange, place: Place) -> bool {
+        let may_be_at_work = self.active.iter().chain(&self.ready).any(|a| a.looks() && a.range.shares_block(range));
+        may_be_at_work || (self.barriers_waiting > 0 && self.barrier_before(range, place))
+    }
+
+    fn barrier_before(&self, range: ByteRange, place: Place) -> bool {
+        let mut before = self.waiting.range(..place).flat_map(|(_, jobs)| jobs);
+        before.any(|j| j.is_barrier() && j.range.shares_block(range))
     }
 
     /// Forgets a read that is not at work; whether there was one.
@@ -119,6 +141,7 @@ impl ReadQueue {
             jobs.retain(|j| j.session != session);
         }
         self.waiting.retain(|_, jobs| !jobs.is_empty());
+        self.barriers_waiting = self.waiting.values().flatten().filter(|j| j.is_barrier()).count();
         self.ready.retain(|j| j.session != session);
     }
 }

@@ -268,8 +268,56 @@ fn a_prefetch_waits_for_nothing_and_holds_up_nothing() {
 }
 
 #[test]
+fn a_scrub_is_of_its_place_in_the_order_though_later_records_could_be_applied_with_earlier_ones() {
+    let scrub = ToAgent::Read { id: 7, what: ReadKind::Scrub, offset: 0, length: 2 * BLOCK };
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    append(&mut r, 2, 3 * BLOCK);
+    r.handle(NOW, 1, scrub);
+    append(&mut r, 3, 3 * BLOCK);
+    append(&mut r, 4, BLOCK);
+    append(&mut r, 5, 3 * BLOCK);
+    write_group(&mut r);
+    assert!(r.next_read().is_none(), "it must show record 1");
+    let applied = |job: Option<ApplyJob>| match job.map(|job| job.changes) {
+        Some(Changes::Records(records)) => records.iter().map(|r| r.seq().0).collect(),
+        other => panic!("records are due, not {other:?}"),
+    };
+    let first: Vec<u64> = applied(r.next_apply(NOW));
+    assert_eq!(first, [1, 2, 3], "record 4 would show, and nothing overtakes it");
+    r.apply_done(NOW, Ok(()));
+    assert!(r.next_apply(NOW).is_none(), "the scrub may begin at any moment");
+    let read = r.next_read().expect("what it must show is applied");
+    r.handle(NOW, 1, ToAgent::Read { id: 8, what: ReadKind::Data, offset: 3 * BLOCK, length: BLOCK });
+    assert!(r.next_apply(NOW).is_none(), "the scrub is at work");
+    r.read_done(read, ReadOutcome::Failed);
+    assert_eq!(applied(r.next_apply(NOW)), [4, 5]);
+}
+
+#[test]
+fn records_do_not_wait_for_the_scrub_of_a_session_that_is_gone() {
+    let mut r = promised();
+    append(&mut r, 1, 0);
+    r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Scrub, offset: 0, length: BLOCK });
+    append(&mut r, 2, 0);
+    write_group(&mut r);
+    r.close_session(1);
+    let Some(Changes::Records(records)) = r.next_apply(NOW).map(|job| job.changes) else { panic!("records are due") };
+    assert_eq!(records.len(), 2);
+}
+
+#[test]
+fn a_scrub_of_parts_of_blocks_is_refused() {
+    for (offset, length) in [(512, BLOCK), (0, BLOCK + 1)] {
+        let mut r = promised();
+        r.handle(NOW, 1, ToAgent::Read { id: 7, what: ReadKind::Scrub, offset, length });
+        assert!(matches!(said(&mut r)[..], [(1, ToEngine::Refused(_))]), "{offset}+{length}");
+    }
+}
+
+#[test]
 fn nothing_longer_is_read_than_one_answer_may_cost() {
-    for what in [ReadKind::Data, ReadKind::Extents, ReadKind::Prefetch] {
+    for what in [ReadKind::Data, ReadKind::Extents, ReadKind::Prefetch, ReadKind::Scrub] {
         for (offset, length) in [(0, 0), (0, what.bytes_max() + 1), (1 << 20, 1), (u64::MAX, 1), (1, u64::MAX)] {
             let mut r = promised();
             r.handle(NOW, 1, ToAgent::Read { id: 7, what, offset, length });

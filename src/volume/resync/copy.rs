@@ -149,6 +149,7 @@ impl<T> Volume<T> {
             ReadOutcome::Data { data, crc } => (data, *crc),
             ReadOutcome::Extents(_)
             | ReadOutcome::Prefetched
+            | ReadOutcome::Scrubbed(_)
             | ReadOutcome::ChecksumMismatch { .. }
             | ReadOutcome::Unreadable { .. }
             | ReadOutcome::Cancelled
