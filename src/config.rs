@@ -6,6 +6,7 @@
 mod agents;
 mod invalid;
 mod nbd;
+mod state;
 mod validate;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ pub use agents::AgentsConfig;
 pub use invalid::{InvalidConfig, InvalidValue};
 pub use nbd::{NbdConfig, NbdTls, SocketMode, SocketOwner, TlsMode};
 pub use protocol::AckPolicy;
+pub use state::{ScrubInterval, ScrubIntervalError, StateConfig};
 pub use validate::check_name;
 
 /// Name of the sample file that error remedies point to.
@@ -43,6 +45,9 @@ pub struct EngineConfig {
     /// How agents are reached.
     #[serde(default)]
     pub agents: AgentsConfig,
+    /// What the engine keeps for itself.
+    #[serde(default)]
+    pub state: StateConfig,
     /// One or more volumes, each one export; `[[volume]]` in the file.
     #[serde(default, rename = "volume")]
     pub volumes: Vec<VolumeConfig>,
@@ -110,6 +115,12 @@ pub struct VolumeConfig {
     /// A replica where more blocks are found bad leaves the view. Default 1024.
     #[serde(default = "VolumeConfig::default_checksum_errors_max")]
     pub checksum_errors_max: u64,
+    /// How often all members are looked at and compared. Default 30 d.
+    #[serde(default)]
+    pub scrub_interval: ScrubInterval,
+    /// A scrub looks at so much per second at least, however busy clients are. Default 4 MiB.
+    #[serde(default = "VolumeConfig::default_scrub_rate_min")]
+    pub scrub_rate_min: ByteSize,
     /// As written in the file; `VolumeConfig::journal_size` gives the default too.
     #[serde(default)]
     journal_size: Option<ByteSize>,
@@ -257,6 +268,10 @@ impl VolumeConfig {
         1024
     }
 
+    fn default_scrub_rate_min() -> ByteSize {
+        ByteSize::mib(4)
+    }
+
     fn default_lease_ms() -> u64 {
         3_000
     }
@@ -336,6 +351,8 @@ impl EngineConfig {
                 *image = image.take().map(|image| file::resolve_beside(config_file, &image));
             }
         }
+        let directory = &mut self.state.directory;
+        *directory = directory.take().map(|dir| file::resolve_beside(config_file, &dir));
         let certificates = &mut self.agents.certificates;
         *certificates = certificates.take().map(|dir| file::resolve_beside(config_file, &dir));
         self.check(config_file)?;

@@ -38,6 +38,7 @@ fn settings(policy: AckPolicy) -> VolumeSettings {
         start_timeout: Duration::from_secs(10),
         resync_rate_min: 1 << 20,
         checksum_errors_max: 64,
+        scrub_rate_min: 1 << 20,
         take_over: false,
         engine: [7; 16],
     }

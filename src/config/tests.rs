@@ -44,6 +44,8 @@ fn what_is_left_out_has_its_default() {
     assert_eq!(volume.lease(), Duration::from_secs(3));
     assert_eq!(volume.resync_rate_min, ByteSize::mib(8));
     assert_eq!(volume.checksum_errors_max, 1024);
+    assert_eq!(volume.scrub_rate_min, ByteSize::mib(4));
+    assert_eq!(volume.scrub_interval, ScrubInterval(Some(Duration::from_secs(30 * 86_400))));
     assert_eq!(volume.journal_size(), ByteSize::mib(576));
 }
 
@@ -75,6 +77,7 @@ fn a_number_out_of_range_names_volume_key_value_and_range() {
         ),
         ("journal_size = 536870913", "journal_size = 536870913 is not a multiple of 4KiB"),
         ("checksum_errors_max = 0", "checksum_errors_max = 0 is out of range; allowed: 1 to 1000000000"),
+        ("scrub_rate_min = 1", "scrub_rate_min = 1 is out of range; allowed: 64KiB to 64GiB"),
         ("resync_rate_min = 1", "resync_rate_min = 1 is out of range; allowed: 64KiB to 64GiB"),
         ("min_replicas = 3", "min_replicas = 3 is out of range; allowed: 1 to 2, the number of replicas"),
         ("min_replicas = 0", "min_replicas = 0 is out of range; allowed: 1 to 2, the number of replicas"),

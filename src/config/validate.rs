@@ -107,6 +107,7 @@ fn validate_volume(volume: &VolumeConfig) -> Result<(), InvalidValue> {
     number("lease_ms", volume.lease_ms, 100, 60_000)?;
     size("resync_rate_min", volume.resync_rate_min, ByteSize::kib(64), ByteSize::gib(64))?;
     number("checksum_errors_max", volume.checksum_errors_max, 1, 1_000_000_000)?;
+    size("scrub_rate_min", volume.scrub_rate_min, ByteSize::kib(64), ByteSize::gib(64))?;
     let journal = volume.journal_size();
     // The lag is at most 64 GiB here, so doubling it cannot overflow.
     let journal_min = ByteSize::from_bytes(lag.bytes() * 2);

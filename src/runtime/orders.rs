@@ -79,6 +79,10 @@ impl From<CommandRefusal> for OrderRefused {
                  after lag_ms_max and can be brought back then"
             }
             CommandRefusal::Busy => "try again in a moment",
+            CommandRefusal::Scrubbing => {
+                "see `nbdcast status` for how far it is; `nbdcast scrub VOLUME --stop` ends it"
+            }
+            CommandRefusal::NotScrubbing => "see `nbdcast status` for the result of the last scrub",
             CommandRefusal::Size { .. } => "give a greater size, a multiple of 4KiB up to 64TiB",
             CommandRefusal::Damaged { .. } => {
                 "look after its disk first; `nbdcast replica replace` puts another in its place"

@@ -109,6 +109,7 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
         start_timeout: START_TIMEOUT_MIN.max(config.lease() * 2),
         resync_rate_min: config.resync_rate_min.bytes(),
         checksum_errors_max: config.checksum_errors_max,
+        scrub_rate_min: config.scrub_rate_min.bytes(),
         take_over,
         engine: *uuid::Uuid::new_v4().as_bytes(),
     }
@@ -328,7 +329,9 @@ impl VolumeTask {
             | Notice::GivenUp { .. }
             | Notice::SizeDiffers { .. }
             | Notice::Frozen(_)
-            | Notice::Space { .. } => {}
+            | Notice::Space { .. }
+            | Notice::Scrubbing { .. }
+            | Notice::ScrubEnded { .. } => {}
         }
     }
 

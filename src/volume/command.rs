@@ -8,7 +8,7 @@ use protocol::{BLOCK_BYTES, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent,
 
 use super::activation::Activation;
 use super::peer::{Lacks, Link, Peer, Role};
-use super::{Event, Notice, PeerId, Phase, Time, Volume};
+use super::{Event, Notice, PeerId, Phase, ScrubMark, Time, Volume};
 
 /// What an operator asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,13 @@ pub enum Command {
         /// Its new size, bytes.
         size_bytes: u64,
     },
+    /// All members are looked at and compared.
+    Scrub {
+        /// How far one of before was.
+        from: ScrubMark,
+    },
+    /// A scrub ends where it is.
+    StopScrub,
     /// Activation goes on without these members. What only they hold is lost.
     ActivateWithout {
         /// Which.
@@ -93,6 +100,12 @@ pub enum CommandRefusal {
     /// Another change of the replicas is on its way.
     #[error("another change of the view is not in force yet")]
     Busy,
+    /// A scrub is under way.
+    #[error("the volume is being scrubbed")]
+    Scrubbing,
+    /// No scrub is under way.
+    #[error("the volume is not being scrubbed")]
+    NotScrubbing,
     /// The size is not possible.
     #[error(
         "the size {size_bytes} is not possible: volumes only grow, by whole blocks of {BLOCK_BYTES} bytes; it has {now_bytes}"
@@ -135,7 +148,13 @@ impl<T> Volume<T> {
         let serving = matches!(self.phase, Phase::Serving) && !self.stopping;
         match command {
             Command::ActivateWithout { replicas } => self.activate_without(now, replicas),
-            Command::Remove { .. } | Command::Resync { .. } | Command::Resize { .. } if !serving => {
+            Command::Remove { .. }
+            | Command::Resync { .. }
+            | Command::Resize { .. }
+            | Command::Scrub { .. }
+            | Command::StopScrub
+                if !serving =>
+            {
                 Err(CommandRefusal::NotServing)
             }
             Command::Remove { replica } => {
@@ -147,6 +166,8 @@ impl<T> Volume<T> {
                 self.resync_now(now, id, full)
             }
             Command::Resize { size_bytes } => self.resize(now, size_bytes),
+            Command::Scrub { from } => self.begin_scrub(now, from),
+            Command::StopScrub => self.stop_scrub(),
         }?;
         self.settle(now);
         Ok(())

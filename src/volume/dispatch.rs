@@ -81,6 +81,9 @@ impl<T> Volume<T> {
         if is_of_ours || self.on_repair_read(now, peer, id, seen, &outcome) {
             return;
         }
+        if self.on_scrub_read(now, peer, id, seen, &outcome) {
+            return;
+        }
         let Some(piece) = self.reads.pieces.get_mut(&id) else {
             // Nobody waits for it; what is bad is bad all the same.
             if let Some(bad) = repair::bad_block(&outcome, self.whole()) {
@@ -210,6 +213,7 @@ impl<T> Volume<T> {
         for id in std::mem::take(&mut self.peers[peer].reads).into_keys() {
             self.chunk_read_lost(id);
             self.repair_read_lost(id);
+            self.scrub_read_lost(now, peer, id);
             if let Some(piece) = self.reads.pieces.get_mut(&id) {
                 piece.outstanding -= 1;
                 // It may be asked again when it is back.

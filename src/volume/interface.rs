@@ -43,6 +43,8 @@ pub struct VolumeSettings {
     pub resync_rate_min: u64,
     /// A member where more blocks were found bad leaves the view.
     pub checksum_errors_max: u64,
+    /// A scrub looks at so much at least, bytes per second.
+    pub scrub_rate_min: u64,
     /// Whether to fence another engine that is at work.
     pub take_over: bool,
     /// This engine.

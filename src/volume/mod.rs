@@ -35,6 +35,7 @@ mod reads;
 mod refusal;
 mod repair;
 mod resync;
+mod scrub;
 mod snapshot;
 mod survey;
 mod verify;
@@ -66,6 +67,8 @@ pub use repair::Damage;
 use repair::Repairs;
 use resync::Resync;
 pub use resync::ResyncSnapshot;
+use scrub::Scrub;
+pub use scrub::{ScrubFound, ScrubMark, ScrubSnapshot};
 pub use snapshot::{PeerSnapshot, PeerState, VolumeSnapshot, VolumeState};
 use survey::Survey;
 
@@ -103,6 +106,7 @@ pub struct Volume<T> {
     since_stable: Option<SinceStable>,
     resync: Option<Resync>,
     repairs: Repairs,
+    scrub: Option<Scrub>,
     resizing: Option<Resizing>,
     /// The policies of the epoch before this one.
     stored_acks: Option<AckPolicies>,
@@ -183,6 +187,7 @@ impl<T> Volume<T> {
             since_stable: None,
             resync: None,
             repairs: Repairs::default(),
+            scrub: None,
             resizing: None,
             stored_acks: None,
             log: None,
@@ -370,6 +375,7 @@ impl<T> Volume<T> {
         self.phase = Phase::Dead;
         self.resync = None;
         self.repairs = Repairs::default();
+        self.scrub = None;
         self.fail_waiting(failure);
     }
 
@@ -569,6 +575,7 @@ impl<T> Volume<T> {
             self.enforce_limits(now);
             self.finish_removals(now);
             self.advance_resync(now);
+            self.advance_scrub(now);
             self.advance_resizing(now);
             self.advance_repairs(now);
             self.cancel_losers();

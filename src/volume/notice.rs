@@ -4,7 +4,7 @@ use std::fmt;
 
 use protocol::{Position, ReplicaName, Seq, View};
 
-use super::Damage;
+use super::{Damage, ScrubFound, ScrubMark};
 
 /// Something that people should know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +155,18 @@ pub enum Notice {
         /// Whether it is full.
         full: bool,
     },
+    /// A scrub begins, or goes on.
+    Scrubbing {
+        /// At this byte.
+        position: u64,
+    },
+    /// A scrub is over.
+    ScrubEnded {
+        /// How far it came, and what it found.
+        mark: ScrubMark,
+        /// Whether that is the end of the volume.
+        is_finished: bool,
+    },
 }
 
 /// Why a replica is dropped.
@@ -222,14 +234,19 @@ impl Notice {
             | Notice::Resized { .. }
             | Notice::Repaired { .. }
             | Notice::Frozen(false)
-            | Notice::Space { full: false, .. } => Severity::Info,
+            | Notice::Space { full: false, .. }
+            | Notice::Scrubbing { .. } => Severity::Info,
+            Notice::ScrubEnded { mark, is_finished: true } if mark.found == ScrubFound::default() => Severity::Info,
+            Notice::ScrubEnded { is_finished: false, .. } => Severity::Info,
+            Notice::ScrubEnded { mark, .. } if mark.found.unrepaired_blocks > 0 => Severity::Error,
             Notice::Dropping { .. }
             | Notice::BadBlock { .. }
             | Notice::Lost { .. }
             | Notice::Refuses { .. }
             | Notice::ResyncEnded { .. }
             | Notice::SizeDiffers { .. }
-            | Notice::ResizeFailed { .. } => Severity::Warning,
+            | Notice::ResizeFailed { .. }
+            | Notice::ScrubEnded { .. } => Severity::Warning,
             Notice::LostData { .. }
             | Notice::ReadFailed { .. }
             | Notice::DamagedAnswer { .. }
@@ -267,8 +284,28 @@ impl Notice {
             | Notice::SizeDiffers { .. }
             | Notice::Resized { .. }
             | Notice::ResizeFailed { .. }
-            | Notice::Frozen(_) => None,
+            | Notice::Frozen(_)
+            | Notice::Scrubbing { .. }
+            | Notice::ScrubEnded { .. } => None,
         }
+    }
+}
+
+fn write_scrub_ended(f: &mut fmt::Formatter<'_>, mark: &ScrubMark, is_finished: bool) -> fmt::Result {
+    let ScrubMark { position, found } = mark;
+    if is_finished {
+        f.write_str("scrub finished: ")?;
+    } else {
+        write!(f, "scrub stopped at byte {position}: ")?;
+    }
+    write!(
+        f,
+        "{} bad blocks, {} differing, {} repaired, {} not repaired",
+        found.bad_blocks, found.differing_blocks, found.repaired_blocks, found.unrepaired_blocks
+    )?;
+    match found.incomplete_bytes {
+        0 => Ok(()),
+        bytes => write!(f, "; of {bytes} bytes not all replicas could be looked at"),
     }
 }
 
@@ -327,6 +364,9 @@ impl fmt::Display for Notice {
             Notice::Frozen(false) => f.write_str("enough members are in reach again"),
             Notice::Space { full: true, .. } => f.write_str("its disk is full; make room on it"),
             Notice::Space { full: false, .. } => f.write_str("has room again"),
+            Notice::Scrubbing { position: 0 } => f.write_str("scrub begins"),
+            Notice::Scrubbing { position } => write!(f, "scrub goes on at byte {position}"),
+            Notice::ScrubEnded { mark, is_finished } => write_scrub_ended(f, mark, *is_finished),
         }
     }
 }

@@ -6,6 +6,7 @@ use protocol::{Epoch, ReplicaName, Seq, VolumeUuid};
 use super::notice::BAD_BLOCKS;
 use super::peer::{Link, Role};
 use super::resync::{Resync, ResyncSnapshot};
+use super::scrub::ScrubSnapshot;
 use super::{Phase, Time, Volume};
 
 /// A volume at one moment.
@@ -37,6 +38,8 @@ pub struct VolumeSnapshot {
     pub statuses: u64,
     /// Hints that something will be read, taken.
     pub prefetches: u64,
+    /// How far a scrub is.
+    pub scrub: Option<ScrubSnapshot>,
 }
 
 /// What a volume is doing.
@@ -113,6 +116,7 @@ impl<T> Volume<T> {
             writes: self.counts.writes,
             statuses: self.counts.statuses,
             prefetches: self.counts.prefetches,
+            scrub: self.scrub_snapshot(now),
         }
     }
 

@@ -14,6 +14,7 @@ use listener_agent::journal::{self, HEADER_BYTES, group};
 use listener_agent::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, MetadataJob, ReadJob, Replica};
 use listener_agent::superblock::Superblock;
 use protocol::message::{Condition, ReadOutcome};
+use protocol::scrub::BlockFound;
 use protocol::{Record, ToAgent, ToEngine};
 
 use crate::disk::Disk;
@@ -333,6 +334,14 @@ impl World {
                         agent.rotten.contains(&offset),
                         "a{index}: block at {offset} is bad, and no bit was flipped"
                     );
+                }
+                if let ReadOutcome::Scrubbed(found) = &outcome
+                    && process.replica.condition() != Condition::Poisoned
+                {
+                    let blocks = (job.range.offset..).step_by(4096).zip(found);
+                    let mut bad = blocks.filter(|(_, found)| **found == BlockFound::Mismatch);
+                    let false_alarm = bad.find(|(offset, _)| !agent.rotten.contains(offset));
+                    assert!(false_alarm.is_none(), "a{index}: {false_alarm:?} though no bit was flipped there");
                 }
                 process.replica.read_done(job, outcome);
             }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use nbdcast::volume::{Answer, Command, CommandRefusal, Event, Failure, Volume, VolumeSettings};
+use nbdcast::volume::{Answer, Command, CommandRefusal, Event, Failure, Notice, Volume, VolumeSettings};
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, RecordKind, ToAgent, ToEngine};
 
@@ -71,6 +71,7 @@ fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
         start_timeout: ms(20_000),
         resync_rate_min: setup.resync_rate_min,
         checksum_errors_max: setup.checksum_errors_max,
+        scrub_rate_min: setup.scrub_rate_min,
         take_over,
         engine: [engine as u8 + 1; 16],
     }
@@ -209,6 +210,7 @@ impl World {
                 self.trace(|| format!("e{engine} serves in epoch {reign}"));
                 self.engines[engine].reign = Some(reign);
                 self.after(ms(1), Happening::Client { engine });
+                self.plan_scrub(engine);
             }
             Event::StartRefused(refusal) => {
                 self.trace(|| format!("e{engine} does not start: {refusal}"));
@@ -243,6 +245,9 @@ impl World {
             }
             Event::Notice(notice) => {
                 self.trace(|| format!("e{engine}: {notice:?}"));
+                if matches!(notice, Notice::ScrubEnded { .. }) {
+                    self.plan_scrub(engine);
+                }
                 self.notices.push(notice);
             }
         }

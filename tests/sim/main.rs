@@ -23,6 +23,7 @@ mod repairs;
 mod resync;
 mod rng;
 mod scenario;
+mod scrubs;
 mod statuses;
 mod stories;
 mod wild;
@@ -72,6 +73,7 @@ struct Tally {
     drops: u64,
     returns: u64,
     repairs: u64,
+    scrubs: u64,
 }
 
 impl Tally {
@@ -84,6 +86,7 @@ impl Tally {
         self.drops += wild::drops(world);
         self.returns += wild::returns(world);
         self.repairs += wild::repairs(world);
+        self.scrubs += world.scrubs_finished().len() as u64;
     }
 }
 
@@ -131,14 +134,14 @@ fn random_faults_lose_nothing_and_heal() {
     let sum = |of: fn(&Tally) -> u64| tallies.iter().map(of).sum::<u64>();
     let (seeds, activations, writes) = (sum(|t| t.seeds), sum(|t| t.activations), sum(|t| t.writes));
     let (reads, drops, returns) = (sum(|t| t.reads), sum(|t| t.drops), sum(|t| t.returns));
-    let (zero_sectors, repairs) = (sum(|t| t.zero_sectors), sum(|t| t.repairs));
+    let (zero_sectors, repairs, scrubs) = (sum(|t| t.zero_sectors), sum(|t| t.repairs), sum(|t| t.scrubs));
     println!(
-        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns, {repairs} repairs"
+        "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns, {repairs} repairs, {scrubs} scrubs"
     );
     // A simulation in which nothing happens proves nothing.
     assert_eq!(seeds, count);
     assert!(activations > count && writes > count * 20 && reads > count * 10 && returns * 4 > count);
-    assert!(zero_sectors > count * 10 && repairs * 4 > count);
+    assert!(zero_sectors > count * 10 && repairs * 4 > count && scrubs > count * 2);
 }
 
 #[test]

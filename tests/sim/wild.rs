@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nbdcast::volume::ReadSpread::{Adaptive, Hedged, Multicast, Verify};
-use nbdcast::volume::{Command, Damage, DropReason, Failure, Notice};
+use nbdcast::volume::{Command, Damage, DropReason, Failure, Notice, ScrubFound};
 use protocol::ranges::ByteRange;
 use protocol::{AckPolicy, Epoch, Position, Seq};
 
@@ -36,6 +36,8 @@ pub fn setup(seed: u64) -> Setup {
         lease: ms(rng.pick(&[50, 300, 1000])),
         resync_rate_min: rng.pick(&[1 << 20, 16 << 20]),
         checksum_errors_max: rng.pick(&[3, 64, 64]),
+        scrub_rate_min: rng.pick(&[1 << 20, 64 << 20]),
+        scrubs: rng.percent(50),
         slowest: ms(rng.pick(&[1, 5, 20, 60])),
         in_flight_max: rng.pick(&[1, 3, 12, 12]),
         whole_blocks: rng.percent(30),
@@ -106,8 +108,7 @@ fn live(world: &mut World) {
     let answered = world.run_until(limit, |w| w.engines[engine].is_idle());
     assert!(answered, "requests are not answered though everything is up");
     let failed = world.engines[engine].answers.values().find(|a| a.is_err());
-    let may_fail = world.agents.iter().any(|a| !a.rotten.is_empty());
-    assert!(failed.is_none_or(|f| *f == Err(Failure::Io) && may_fail), "a request fails: {failed:?}");
+    assert!(failed.is_none_or(|f| *f == Err(Failure::Io) && rotten(world)), "a request fails: {failed:?}");
     world.read(engine, 0, sectors);
     let quiet = world.run_until(limit, |w| w.engines[engine].is_idle() && check::is_quiet(w, engine));
     assert!(quiet, "replicas do not catch up though everything is up");
@@ -121,6 +122,15 @@ fn live(world: &mut World) {
         .iter()
         .find(|n| matches!(n, Notice::BadBlock { what: Damage::Differs, .. } | Notice::NoMajority { .. }));
     assert_eq!(false_alarm, None, "all that was done to blocks is found by their checksums");
+    let found = world.scrub_all(engine);
+    assert!(
+        found.differing_blocks == 0 && (found == ScrubFound::default() || rotten(world)),
+        "a scrub finds {found:?}"
+    );
+}
+
+fn rotten(world: &World) -> bool {
+    world.agents.iter().any(|a| !a.rotten.is_empty())
 }
 
 /// Every replica comes back into the view. One that had too many bad blocks is ordered to, and a block that is bad on every

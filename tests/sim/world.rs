@@ -62,6 +62,9 @@ pub struct Setup {
     pub lease: Duration,
     pub resync_rate_min: u64,
     pub checksum_errors_max: u64,
+    pub scrub_rate_min: u64,
+    /// Engines scrub again and again.
+    pub scrubs: bool,
     /// Longest time of a message, a job of a disk.
     pub slowest: Duration,
     /// Messages on their way to an agent at most: a socket takes no more.
@@ -94,6 +97,8 @@ impl Setup {
             lease: ms(300),
             resync_rate_min: 8 << 20,
             checksum_errors_max: 64,
+            scrub_rate_min: 64 << 20,
+            scrubs: false,
             slowest: ms(2),
             in_flight_max: 12,
             whole_blocks: false,
@@ -120,6 +125,7 @@ pub enum Happening {
     StartEngine { take_over: bool },
     KillEngine { engine: usize },
     Goodbye { engine: usize },
+    Scrub { engine: usize },
     Fault,
 }
 
@@ -256,6 +262,7 @@ impl World {
             }
             Happening::KillEngine { engine } => self.kill_engine(engine),
             Happening::Goodbye { engine } => self.goodbye(engine),
+            Happening::Scrub { engine } => self.scrub_again(engine),
             Happening::Fault => self.draw_fault(),
         }
     }
@@ -277,6 +284,7 @@ impl World {
             Happening::Dial { engine: e, .. }
             | Happening::Tick { engine: e }
             | Happening::Client { engine: e }
+            | Happening::Scrub { engine: e }
             | Happening::Goodbye { engine: e } => engine(*e),
             Happening::Look { agent: a, .. } | Happening::Done { agent: a, .. } => agent(*a),
             Happening::StartAgent { .. }

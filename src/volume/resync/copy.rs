@@ -250,6 +250,7 @@ impl<T> Volume<T> {
         if let Some(resync) = &mut self.resync {
             resync.rate.client_answered(asked_at, now);
         }
+        self.scrub_notes_client(asked_at, now);
     }
 }
 

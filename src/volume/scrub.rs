@@ -1,0 +1,276 @@
+//! Scrub: all of a volume is read at all members, chunk by chunk, while clients work, and compared.
+//!
+//! Each member in force is asked for what its disk holds of a chunk, behind the same record of the order. As replicas apply
+//! no later record to the chunk before they have looked, all of them look at the same state, and a difference is a fault. A
+//! copy that does not match its checksum, cannot be read, or differs from what most sound copies say is repaired from one of
+//! these, and the chunk is looked at again until that shows. Where two sound copies differ nobody guesses.
+//!
+//! One scrub at a time. It slows down for clients as a resync does, waits while a replica is brought back, and for a
+//! while for a member that is out of reach. Knows no calendar and keeps nothing over a restart: whoever commands it does.
+
+mod chunks;
+mod verdict;
+
+use std::time::Duration;
+
+use protocol::message::{ReadKind, ReadOutcome};
+use protocol::ranges::ByteRange;
+use protocol::scrub::BlockFound;
+use protocol::{BLOCK_BYTES, ReplicaName, Seq};
+
+use super::log::Log;
+use super::rate::Rate;
+use super::repair::Finding;
+use super::{CommandRefusal, Damage, Notice, PeerId, Phase, Time, Volume};
+use chunks::{Chunks, Looked};
+
+/// Chunks under way, at most.
+const CHUNKS_MAX: usize = 4;
+/// A member in force that is out of reach is waited for so long: it comes back, or leaves the view.
+const MEMBER_PATIENCE: Duration = Duration::from_secs(60);
+const SPEED_OVER: Duration = Duration::from_secs(2);
+
+/// What a scrub found. Blocks are counted once for each replica whose copy is concerned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubFound {
+    /// Copies that did not match their checksum or could not be read.
+    pub bad_blocks: u64,
+    /// Copies that matched their checksum and were not what the majority said; blocks, where there was no majority.
+    pub differing_blocks: u64,
+    /// Of all these, copies that a later look showed to be in order.
+    pub repaired_blocks: u64,
+    /// Copies that were still not in order when they were given up; blocks, where no copy could be believed.
+    pub unrepaired_blocks: u64,
+    /// Bytes that some member did not look at.
+    pub incomplete_bytes: u64,
+}
+
+impl ScrubFound {
+    /// Whether everything was looked at and is in order now.
+    #[must_use]
+    pub fn is_well(&self) -> bool {
+        self.unrepaired_blocks == 0 && self.incomplete_bytes == 0
+    }
+}
+
+/// How far a scrub is: enough to go on from there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubMark {
+    /// Everything below this byte is done with.
+    pub position: u64,
+    /// What was found there.
+    pub found: ScrubFound,
+}
+
+/// A scrub at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScrubSnapshot {
+    /// How far it is.
+    pub mark: ScrubMark,
+    /// Bytes to look at in all.
+    pub total_bytes: u64,
+    /// How fast it is.
+    pub bytes_per_second: u64,
+    /// How much longer, seconds; not known while nothing moves.
+    pub eta_seconds: Option<u64>,
+    /// What it waits for, if it does.
+    pub waits_for: Option<String>,
+}
+
+/// A scrub.
+#[derive(Debug)]
+pub(super) struct Scrub {
+    chunks: Chunks,
+    rate: Rate,
+    /// A member that is out of reach, and since when one is.
+    absent: Option<(ReplicaName, Time)>,
+    speed_from: (u64, Time),
+    bytes_per_second: u64,
+}
+
+impl Scrub {
+    fn mark(&self) -> ScrubMark {
+        ScrubMark { position: self.chunks.position(), found: self.chunks.found() }
+    }
+
+    fn measure_speed(&mut self, now: Time) {
+        let (from, since) = self.speed_from;
+        let passed = now.saturating_sub(since);
+        if passed >= SPEED_OVER {
+            let done = self.chunks.position();
+            self.bytes_per_second = ((done - from) as f64 / passed.as_secs_f64()) as u64;
+            self.speed_from = (done, now);
+        }
+    }
+}
+
+impl<T> Volume<T> {
+    /// Begins a scrub, or goes on with one of before.
+    pub(super) fn begin_scrub(&mut self, now: Time, from: ScrubMark) -> Result<(), CommandRefusal> {
+        if self.scrub.is_some() {
+            return Err(CommandRefusal::Scrubbing);
+        }
+        let chunks = Chunks::new(self.size_bytes, from.position, from.found);
+        let position = chunks.position();
+        let rate = Rate::new(self.settings.scrub_rate_min, now);
+        self.scrub = Some(Scrub { chunks, rate, absent: None, speed_from: (position, now), bytes_per_second: 0 });
+        self.notice(Notice::Scrubbing { position });
+        Ok(())
+    }
+
+    pub(super) fn stop_scrub(&mut self) -> Result<(), CommandRefusal> {
+        let scrub = self.scrub.take().ok_or(CommandRefusal::NotScrubbing)?;
+        self.notice(Notice::ScrubEnded { mark: scrub.mark(), is_finished: false });
+        Ok(())
+    }
+
+    pub(super) fn advance_scrub(&mut self, now: Time) {
+        if !matches!(self.phase, Phase::Serving) || self.stopping || self.scrub.is_none() {
+            return;
+        }
+        self.look_for_absent(now);
+        if self.scrub_waits_for(now).is_none() {
+            self.begin_scrub_chunks(now);
+            self.ask_for_scrub_chunks(now);
+        }
+        let Some(scrub) = &mut self.scrub else { return };
+        scrub.measure_speed(now);
+        if scrub.chunks.is_asking() {
+            scrub.rate.copying(now);
+        }
+        if scrub.chunks.is_done() {
+            let mark = scrub.mark();
+            self.scrub = None;
+            self.notice(Notice::ScrubEnded { mark, is_finished: true });
+        }
+    }
+
+    /// Members in force that can be asked, and whether these are all.
+    fn scrub_members(&self) -> (Vec<PeerId>, bool) {
+        let Some(membership) = &self.membership else { return (Vec::new(), false) };
+        let can = |id: &PeerId| {
+            let peer = &self.peers[*id];
+            peer.is_ready_member() && membership.in_force.contains(&peer.name)
+        };
+        let members: Vec<PeerId> = (0..self.peers.len()).filter(can).collect();
+        let is_whole = members.len() == membership.in_force.len();
+        (members, is_whole)
+    }
+
+    fn look_for_absent(&mut self, now: Time) {
+        let (members, _) = self.scrub_members();
+        let in_force = self.membership.iter().flat_map(|m| m.in_force.members());
+        let absent = in_force.into_iter().find(|name| members.iter().all(|id| self.peers[*id].name != **name)).cloned();
+        if let Some(scrub) = &mut self.scrub {
+            let since = scrub.absent.as_ref().map_or(now, |(_, since)| *since);
+            scrub.absent = absent.map(|name| (name, since));
+        }
+    }
+
+    /// Why nothing new is looked at just now.
+    fn scrub_waits_for(&self, now: Time) -> Option<String> {
+        if let Some(resync) = &self.resync {
+            return Some(format!("replica {} is being brought back", self.peers[resync.peer].name));
+        }
+        if self.scrub_members().0.is_empty() {
+            return Some("no member can be reached".to_owned());
+        }
+        let (name, since) = self.scrub.as_ref()?.absent.as_ref()?;
+        let is_waited_for = now.saturating_sub(*since) < MEMBER_PATIENCE;
+        is_waited_for.then(|| format!("replica {name} cannot be reached"))
+    }
+
+    fn begin_scrub_chunks(&mut self, now: Time) {
+        let Some(scrub) = &mut self.scrub else { return };
+        while scrub.chunks.len() < CHUNKS_MAX
+            && let Some(range) = scrub.chunks.peek()
+            && scrub.rate.take(range.length, now)
+        {
+            scrub.chunks.begin(now);
+        }
+    }
+
+    fn ask_for_scrub_chunks(&mut self, now: Time) {
+        let due = self.scrub.as_ref().map(|s| s.chunks.due(now)).unwrap_or_default();
+        if due.is_empty() {
+            return;
+        }
+        let (members, is_whole) = self.scrub_members();
+        let last = self.log.as_ref().map_or(Seq(0), Log::last);
+        for range in due {
+            let id = self.reads.id();
+            for member in &members {
+                self.peers[*member].ask(last, last, id, ReadKind::Scrub, range);
+            }
+            if let Some(scrub) = &mut self.scrub {
+                scrub.chunks.asked(range.offset, id, &members, last, is_whole);
+            }
+        }
+    }
+
+    /// A member answered a read; whether it was one of the scrub.
+    pub(super) fn on_scrub_read(&mut self, now: Time, peer: PeerId, id: u64, seen: Seq, outcome: &ReadOutcome) -> bool {
+        let found = match outcome {
+            ReadOutcome::Scrubbed(found) => Some(found.clone()),
+            ReadOutcome::Data { .. }
+            | ReadOutcome::Extents(_)
+            | ReadOutcome::Prefetched
+            | ReadOutcome::ChecksumMismatch { .. }
+            | ReadOutcome::Unreadable { .. }
+            | ReadOutcome::Cancelled
+            | ReadOutcome::Damaged
+            | ReadOutcome::Failed => None,
+        };
+        let waits = self.scrub.as_ref().is_some_and(|s| s.chunks.waits_for(id, peer));
+        if waits && found.is_none() {
+            self.note_read_failed(peer, seen, None);
+        }
+        self.scrub_answered(now, id, peer, found);
+        waits
+    }
+
+    /// A member will not answer.
+    pub(super) fn scrub_read_lost(&mut self, now: Time, peer: PeerId, id: u64) {
+        self.scrub_answered(now, id, peer, None);
+    }
+
+    fn scrub_answered(&mut self, now: Time, id: u64, peer: PeerId, found: Option<Vec<BlockFound>>) {
+        let Some(scrub) = self.scrub.as_mut().filter(|s| s.chunks.waits_for(id, peer)) else { return };
+        if let Some(looked) = scrub.chunks.answered(now, id, peer, found) {
+            self.draw_scrub_consequences(&looked);
+        }
+    }
+
+    /// Has repaired what can be, and says what cannot.
+    fn draw_scrub_consequences(&mut self, looked: &Looked) {
+        // Where sound copies differ without a majority, a repair would be a guess.
+        for fault in looked.faults.iter().filter(|fault| !fault.is_tie) {
+            let offset = looked.range.offset + fault.index as u64 * BLOCK_BYTES;
+            let differs = fault.bad.iter().any(|(_, what)| *what == Damage::Differs);
+            for (bad, what) in fault.bad.iter().copied() {
+                let blocks = ByteRange { offset, length: BLOCK_BYTES };
+                let good = fault.good.filter(|_| differs);
+                self.repair(Finding { blocks, bad, what, good, seen: looked.seen });
+            }
+        }
+        for offset in &looked.ties {
+            self.notice(Notice::NoMajority { offset: *offset });
+        }
+    }
+
+    /// A client's request was answered.
+    pub(super) fn scrub_notes_client(&mut self, asked_at: Time, now: Time) {
+        if let Some(scrub) = &mut self.scrub {
+            scrub.rate.client_answered(asked_at, now);
+        }
+    }
+
+    pub(super) fn scrub_snapshot(&self, now: Time) -> Option<ScrubSnapshot> {
+        let scrub = self.scrub.as_ref()?;
+        let (mark, total_bytes) = (scrub.mark(), scrub.chunks.size_bytes());
+        let bytes_per_second = scrub.bytes_per_second;
+        let eta_seconds = (total_bytes - mark.position).checked_div(bytes_per_second);
+        let waits_for = self.scrub_waits_for(now);
+        Some(ScrubSnapshot { mark, total_bytes, bytes_per_second, eta_seconds, waits_for })
+    }
+}

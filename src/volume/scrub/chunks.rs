@@ -1,0 +1,354 @@
+//! The chunks of one scrub: which are asked about, what came of each, how far all of it is. Pure bookkeeping; whom to ask,
+//! and what is to be done about a fault, is decided in [`super`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::ranges::ByteRange;
+use protocol::scrub::BlockFound;
+use protocol::{BLOCK_BYTES, Seq};
+
+use super::super::{Damage, PeerId, Time};
+use super::ScrubFound;
+use super::verdict::{Fault, compare};
+
+/// Bytes of one chunk: small, as records that change it wait while it is looked at.
+pub(super) const CHUNK_BYTES: u64 = 256 * 1024;
+/// Looks at a chunk of which a copy is bad, at most: each but the first waits until the repair should be done.
+const LOOKS_MAX: u32 = 8;
+/// The second look comes so long after the first, each further one after twice as long.
+const LOOK_AGAIN_FIRST: Time = Time::from_millis(50);
+/// Looks that a member did not answer, before the answers of the others have to do.
+const LOST_MAX: u32 = 3;
+const LOST_PAUSE: Time = Time::from_millis(500);
+
+#[derive(Debug)]
+enum Look {
+    /// Members are to be asked, from this time on.
+    Due { at: Time },
+    /// Under this number members were asked, behind this record.
+    Asked {
+        read: u64,
+        missing: BTreeSet<PeerId>,
+        answers: BTreeMap<PeerId, Vec<BlockFound>>,
+        seen: Seq,
+        is_whole: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Chunk {
+    range: ByteRange,
+    look: Look,
+    looks: u32,
+    lost: u32,
+    /// Copies that were found bad, by block of the chunk and member.
+    bad: BTreeMap<(usize, PeerId), Damage>,
+    /// Blocks of which no copy can be believed, and whether sound ones differ.
+    hopeless: BTreeMap<usize, bool>,
+    is_incomplete: bool,
+}
+
+/// What a look at a chunk came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Looked {
+    /// The chunk.
+    pub(super) range: ByteRange,
+    /// What is not in order, as of this look.
+    pub(super) faults: Vec<Fault>,
+    /// The record behind which all were asked.
+    pub(super) seen: Seq,
+    /// Blocks, by their first byte, of which sound copies were found to differ for the first time.
+    pub(super) ties: Vec<u64>,
+}
+
+/// The chunks of one scrub.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    size_bytes: u64,
+    next: u64,
+    under_way: BTreeMap<u64, Chunk>,
+    found: ScrubFound,
+}
+
+impl Chunks {
+    /// Goes on at `position` with what was found before.
+    pub(super) fn new(size_bytes: u64, position: u64, found: ScrubFound) -> Chunks {
+        let next = (position / BLOCK_BYTES * BLOCK_BYTES).min(size_bytes);
+        Chunks { size_bytes, next, under_way: BTreeMap::new(), found }
+    }
+
+    /// Bytes of the volume, as of the beginning.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Everything below this byte is done with.
+    pub(super) fn position(&self) -> u64 {
+        self.under_way.keys().next().copied().unwrap_or(self.next)
+    }
+
+    /// What was found in chunks that are done with.
+    pub(super) fn found(&self) -> ScrubFound {
+        self.found
+    }
+
+    /// Chunks under way.
+    pub(super) fn len(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Whether all is done.
+    pub(super) fn is_done(&self) -> bool {
+        self.next >= self.size_bytes && self.under_way.is_empty()
+    }
+
+    /// Whether members are being asked.
+    pub(super) fn is_asking(&self) -> bool {
+        self.under_way.values().any(|c| matches!(c.look, Look::Asked { .. }))
+    }
+
+    /// The next chunk that nothing was done about yet.
+    pub(super) fn peek(&self) -> Option<ByteRange> {
+        let length = CHUNK_BYTES.min(self.size_bytes - self.next);
+        (length > 0).then_some(ByteRange { offset: self.next, length })
+    }
+
+    /// The chunk that was peeked is begun.
+    pub(super) fn begin(&mut self, now: Time) {
+        let Some(range) = self.peek() else { return };
+        self.next = range.end();
+        let chunk = Chunk {
+            range,
+            look: Look::Due { at: now },
+            looks: 0,
+            lost: 0,
+            bad: BTreeMap::new(),
+            hopeless: BTreeMap::new(),
+            is_incomplete: false,
+        };
+        self.under_way.insert(range.offset, chunk);
+    }
+
+    /// Chunks that members are to be asked about now.
+    pub(super) fn due(&self, now: Time) -> Vec<ByteRange> {
+        let is_due = |c: &&Chunk| matches!(c.look, Look::Due { at } if at <= now);
+        self.under_way.values().filter(is_due).map(|c| c.range).collect()
+    }
+
+    /// These members were asked under this number, behind the record `seen`; `is_whole` if no member is missing among them.
+    pub(super) fn asked(&mut self, offset: u64, read: u64, members: &[PeerId], seen: Seq, is_whole: bool) {
+        if let Some(chunk) = self.under_way.get_mut(&offset) {
+            let missing = members.iter().copied().collect();
+            chunk.look = Look::Asked { read, missing, answers: BTreeMap::new(), seen, is_whole };
+        }
+    }
+
+    /// Whether somebody was asked under this number and has not answered.
+    pub(super) fn waits_for(&self, read: u64, peer: PeerId) -> bool {
+        self.under_way.values().any(
+            |c| matches!(&c.look, Look::Asked { read: asked, missing, .. } if *asked == read && missing.contains(&peer)),
+        )
+    }
+
+    /// A member answered, or will not; returns what the look came to if that was the last answer.
+    pub(super) fn answered(
+        &mut self,
+        now: Time,
+        read: u64,
+        peer: PeerId,
+        found: Option<Vec<BlockFound>>,
+    ) -> Option<Looked> {
+        let asked = |c: &&mut Chunk| matches!(c.look, Look::Asked { read: asked, .. } if asked == read);
+        let chunk = self.under_way.values_mut().find(asked)?;
+        let blocks = (chunk.range.length / BLOCK_BYTES) as usize;
+        let Look::Asked { missing, answers, seen, is_whole, .. } = &mut chunk.look else { return None };
+        missing.remove(&peer);
+        match found.filter(|found| found.len() == blocks) {
+            Some(found) => _ = answers.insert(peer, found),
+            None => *is_whole = false,
+        }
+        if !missing.is_empty() {
+            return None;
+        }
+        let (answers, seen, is_whole) = (std::mem::take(answers), *seen, *is_whole);
+        let offset = chunk.range.offset;
+        let looked = chunk.looked(now, &answers, seen, is_whole);
+        if let Some(chunk) = self.under_way.get(&offset)
+            && !matches!(chunk.look, Look::Due { .. })
+        {
+            let still: BTreeSet<(usize, PeerId)> =
+                looked.faults.iter().flat_map(|f| f.bad.iter().map(|(peer, _)| (f.index, *peer))).collect();
+            self.found.add(chunk, &answers, &still);
+            self.under_way.remove(&offset);
+        }
+        Some(looked)
+    }
+}
+
+impl Chunk {
+    fn looked(&mut self, now: Time, answers: &BTreeMap<PeerId, Vec<BlockFound>>, seen: Seq, is_whole: bool) -> Looked {
+        let faults = compare(answers);
+        let mut ties = Vec::new();
+        for fault in &faults {
+            self.bad.extend(fault.bad.iter().map(|(peer, what)| ((fault.index, *peer), *what)));
+            let is_news = fault.good.is_none() && self.hopeless.insert(fault.index, fault.is_tie).is_none();
+            if is_news && fault.is_tie {
+                ties.push(self.range.offset + fault.index as u64 * BLOCK_BYTES);
+            }
+        }
+        // What somebody overwrote since is in order now.
+        self.hopeless.retain(|index, _| faults.iter().any(|f| f.index == *index && f.good.is_none()));
+        self.looks += 1;
+        self.lost += u32::from(!is_whole);
+        self.is_incomplete = !is_whole;
+        let can_be_repaired = faults.iter().any(|f| f.good.is_some());
+        if can_be_repaired && self.looks < LOOKS_MAX {
+            self.look = Look::Due { at: now + LOOK_AGAIN_FIRST * 2_u32.pow(self.looks - 1) };
+        } else if !is_whole && self.lost < LOST_MAX {
+            self.look = Look::Due { at: now + LOST_PAUSE };
+        }
+        Looked { range: self.range, faults, seen, ties }
+    }
+}
+
+impl ScrubFound {
+    /// Counts a chunk that is done with; `still` is bad, as the last look at it showed.
+    fn add(&mut self, chunk: &Chunk, answers: &BTreeMap<PeerId, Vec<BlockFound>>, still: &BTreeSet<(usize, PeerId)>) {
+        for (copy, what) in &chunk.bad {
+            match what {
+                Damage::ChecksumMismatch | Damage::Unreadable => self.bad_blocks += 1,
+                Damage::Differs => self.differing_blocks += 1,
+            }
+            let (is_bad, is_member) = (still.contains(copy), answers.contains_key(&copy.1));
+            self.repaired_blocks += u64::from(!is_bad && is_member);
+            self.unrepaired_blocks += u64::from(is_bad && !chunk.hopeless.contains_key(&copy.0));
+        }
+        for is_tie in chunk.hopeless.values() {
+            // Where nothing tells good copies from bad ones, the block counts, not its copies.
+            self.differing_blocks += u64::from(*is_tie);
+            self.unrepaired_blocks += 1;
+        }
+        self.incomplete_bytes += if chunk.is_incomplete { chunk.range.length } else { 0 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOUND: BlockFound = BlockFound::Sound { checksum: 7 };
+    const OTHER: BlockFound = BlockFound::Sound { checksum: 8 };
+
+    fn ms(count: u64) -> Time {
+        Time::from_millis(count)
+    }
+
+    fn chunks(bytes: u64) -> Chunks {
+        Chunks::new(bytes, 0, ScrubFound::default())
+    }
+
+    /// Looks at a chunk of one block when that is due; members 0, 1, ... find this.
+    fn look(chunks: &mut Chunks, now: Time, found: &[Option<BlockFound>]) -> Looked {
+        let due = chunks.due(now);
+        let members: Vec<PeerId> = (0..found.len()).collect();
+        chunks.asked(due[0].offset, 9, &members, Seq(5), true);
+        let mut looked = None;
+        for (peer, found) in found.iter().enumerate() {
+            assert!(looked.is_none() && chunks.waits_for(9, peer));
+            looked = chunks.answered(now, 9, peer, found.map(|found| vec![found]));
+        }
+        looked.expect("all have answered")
+    }
+
+    #[test]
+    fn a_volume_is_looked_at_chunk_by_chunk_to_its_end() {
+        let mut chunks = chunks(CHUNK_BYTES * 2 + BLOCK_BYTES);
+        let mut lengths = Vec::new();
+        while let Some(range) = chunks.peek() {
+            lengths.push(range.length);
+            chunks.begin(ms(0));
+        }
+        assert_eq!(lengths, [CHUNK_BYTES, CHUNK_BYTES, BLOCK_BYTES]);
+        assert_eq!((chunks.position(), chunks.is_done()), (0, false));
+        let blocks = |bytes: u64| Some(vec![SOUND; (bytes / BLOCK_BYTES) as usize]);
+        for (read, offset) in [(1, 0), (2, CHUNK_BYTES), (3, 2 * CHUNK_BYTES)] {
+            chunks.asked(offset, read, &[0, 1], Seq(5), true);
+        }
+        for (read, bytes, position) in
+            [(2, CHUNK_BYTES, 0), (1, CHUNK_BYTES, 2 * CHUNK_BYTES), (3, BLOCK_BYTES, 2 * CHUNK_BYTES + BLOCK_BYTES)]
+        {
+            assert_eq!(chunks.answered(ms(0), read, 0, blocks(bytes)), None, "one has not answered");
+            assert_eq!(chunks.answered(ms(0), read, 1, blocks(bytes)).expect("both have").faults, []);
+            assert_eq!(chunks.position(), position);
+        }
+        assert!(chunks.is_done());
+        assert_eq!(chunks.found(), ScrubFound::default());
+    }
+
+    #[test]
+    fn a_bad_copy_counts_once_and_as_repaired_only_when_a_later_look_shows_it() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(ms(0));
+        let bad = Some(BlockFound::Mismatch);
+        let first = look(&mut chunks, ms(0), &[bad, Some(SOUND)]);
+        assert_eq!(first.faults[0].bad, [(0, Damage::ChecksumMismatch)]);
+        assert_eq!(first.seen, Seq(5));
+        assert!(chunks.due(ms(49)).is_empty(), "a repair takes its time");
+        look(&mut chunks, ms(50), &[bad, Some(SOUND)]);
+        assert!(chunks.due(ms(149)).is_empty());
+        assert!(!chunks.is_done());
+        look(&mut chunks, ms(150), &[Some(SOUND), Some(SOUND)]);
+        assert!(chunks.is_done());
+        let found = chunks.found();
+        assert_eq!((found.bad_blocks, found.repaired_blocks, found.unrepaired_blocks), (1, 1, 0));
+    }
+
+    #[test]
+    fn what_no_repair_helps_is_given_up_and_counted() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(ms(0));
+        let mut now = ms(0);
+        for _ in 0..LOOKS_MAX {
+            look(&mut chunks, now, &[Some(OTHER), Some(SOUND), Some(SOUND)]);
+            now += ms(10_000);
+        }
+        assert!(chunks.is_done());
+        let found = chunks.found();
+        assert_eq!((found.differing_blocks, found.repaired_blocks, found.unrepaired_blocks), (1, 0, 1));
+    }
+
+    #[test]
+    fn a_tie_and_a_block_without_a_good_copy_are_not_looked_at_again() {
+        for (found, is_tie, bad) in
+            [([SOUND, OTHER], true, 0), ([BlockFound::Mismatch, BlockFound::Unreadable], false, 2)]
+        {
+            let mut chunks = chunks(BLOCK_BYTES);
+            chunks.begin(ms(0));
+            assert_eq!(look(&mut chunks, ms(0), &found.map(Some)).ties, if is_tie { vec![0] } else { vec![] });
+            assert!(chunks.is_done());
+            let found = chunks.found();
+            assert_eq!((found.bad_blocks, found.unrepaired_blocks), (bad, 1));
+        }
+    }
+
+    #[test]
+    fn a_member_that_does_not_answer_makes_a_chunk_incomplete_after_a_few_tries() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(ms(0));
+        for attempt in 0..u64::from(LOST_MAX) {
+            assert!(!chunks.is_done());
+            look(&mut chunks, ms(attempt * 500), &[None, Some(SOUND)]);
+        }
+        assert!(chunks.is_done());
+        assert_eq!(chunks.found(), ScrubFound { incomplete_bytes: BLOCK_BYTES, ..ScrubFound::default() });
+    }
+
+    #[test]
+    fn an_answer_of_another_length_is_none() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(ms(0));
+        chunks.asked(0, 9, &[0], Seq(5), true);
+        chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
+        assert!(!chunks.is_done(), "it is asked again");
+    }
+}

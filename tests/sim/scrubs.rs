@@ -1,0 +1,227 @@
+//! Scrubs of a volume at work, told as stories: members are compared as of one place in the order, and what differs is a
+//! fault of a disk.
+
+use listener_agent::disk::RawFile;
+use nbdcast::volume::{Command, CommandRefusal, Damage, Notice, ScrubFound, ScrubMark};
+use protocol::AckPolicy;
+use protocol::checksum::stored_block_checksum;
+
+use crate::check;
+use crate::scenario::{LONG, serving};
+use crate::world::{Happening, Setup, World, ms};
+
+impl World {
+    /// Begins a scrub, or goes on with one, and says whether it did.
+    pub fn scrub(&mut self, engine: usize, from: ScrubMark) -> Result<(), CommandRefusal> {
+        self.trace(|| format!("e{engine} is to scrub from {}", from.position));
+        self.command(engine, Command::Scrub { from })
+    }
+
+    /// In a random run with scrubs, the next one comes soon.
+    pub fn plan_scrub(&mut self, engine: usize) {
+        if self.wild && self.setup.scrubs {
+            let delay = self.rng.within(1, 150);
+            self.after(ms(delay), Happening::Scrub { engine });
+        }
+    }
+
+    pub fn scrub_again(&mut self, engine: usize) {
+        if self.wild && self.engines[engine].is_serving() {
+            // One that another engine began may be somewhere in the midst.
+            let blocks = self.setup.size_bytes / 4096;
+            let position = if self.rng.percent(25) { self.rng.below(blocks) * 4096 } else { 0 };
+            let outcome = self.scrub(engine, ScrubMark { position, ..ScrubMark::default() });
+            self.trace(|| format!("e{engine}: {outcome:?}"));
+        }
+    }
+
+    /// The ends of scrubs that looked at the whole volume.
+    pub fn scrubs_finished(&self) -> Vec<ScrubFound> {
+        let finished = |notice: &Notice| match notice {
+            Notice::ScrubEnded { mark, is_finished: true } => Some(mark.found),
+            _other => None,
+        };
+        self.notices.iter().filter_map(finished).collect()
+    }
+
+    /// Scrubs all of the volume and returns what was found.
+    pub fn scrub_all(&mut self, engine: usize) -> ScrubFound {
+        let before = self.scrubs_finished().len();
+        self.scrub(engine, ScrubMark::default()).expect("no scrub is under way");
+        let is_over = self.run_until(ms(120_000), |w| w.scrubs_finished().len() > before);
+        assert!(is_over, "the scrub does not end: {:?}", self.engines[engine].volume.snapshot(self.now).scrub);
+        self.scrubs_finished()[before]
+    }
+}
+
+/// Bytes that match their checksum and are not what the other replicas hold.
+fn forge(w: &mut World, agent: usize, block: u64) {
+    let bytes = [0xbd; 4096];
+    w.agents[agent].disk.image.write_at(block * 4096, &bytes).unwrap();
+    let stored = stored_block_checksum(&bytes).to_le_bytes();
+    w.agents[agent].disk.checksums.write_at(block * 4, &stored).unwrap();
+}
+
+fn found_of(w: &World) -> Vec<(String, Damage, u64)> {
+    let found = |n: &Notice| match n {
+        Notice::BadBlock { replica, what, offset } => Some((replica.to_string(), *what, *offset)),
+        _other => None,
+    };
+    w.notices.iter().filter_map(found).collect()
+}
+
+#[test]
+fn members_that_hold_one_order_are_found_equal() {
+    let mut w = serving(Setup::quiet(3001, AckPolicy::First));
+    for i in 0..10 {
+        let write = w.write(0, i * 11, 7, false);
+        w.done(0, write);
+    }
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+#[test]
+fn a_member_that_gets_a_scrub_and_the_writes_around_it_at_once_shows_no_later_one() {
+    let mut w = serving(Setup::quiet(3002, AckPolicy::First));
+    w.stall_agent(1, ms(100));
+    // While the first is journaled the others come together.
+    for first in [64, 0] {
+        let before = w.write(0, first, 8, false);
+        w.done(0, before);
+    }
+    w.scrub(0, ScrubMark::default()).unwrap();
+    let after = w.write(0, 0, 8, false);
+    w.done(0, after);
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound::default()], "b could apply both writes before it looked");
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_scrub_during_writes_of_the_same_few_blocks_finds_nothing() {
+    let mut w = serving(Setup { slowest: ms(4), ..Setup::quiet(3003, AckPolicy::First) });
+    for round in 0..60 {
+        w.scrub(0, ScrubMark::default()).unwrap();
+        for i in 0..12 {
+            w.write(0, (round * 7 + i * 3) % 40, 5, false);
+            w.run_for(ms(1));
+        }
+        assert!(w.run_until(LONG, |w| w.scrubs_finished().len() > round));
+    }
+    assert!(w.scrubs_finished().iter().all(|found| *found == ScrubFound::default()));
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_scrub_goes_on_where_one_of_an_earlier_engine_was() {
+    let setup =
+        Setup { size_bytes: 4 << 20, scrub_rate_min: 1 << 20, depth: 0, ..Setup::quiet(3004, AckPolicy::First) };
+    let mut w = serving(setup);
+    w.scrub(0, ScrubMark::default()).unwrap();
+    let position = |w: &World| w.engines[0].volume.snapshot(w.now).scrub.map(|s| s.mark.position);
+    assert!(w.run_until(LONG, |w| position(w).is_some_and(|at| at > 1 << 20)));
+    let mark = w.engines[0].volume.snapshot(w.now).scrub.expect("it is under way").mark;
+    w.kill_engine(0);
+    let e = w.next_engine();
+    w.scrub(e, mark).unwrap();
+    assert!(w.notices.contains(&Notice::Scrubbing { position: mark.position }));
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound::default()]);
+}
+
+#[test]
+fn one_scrub_at_a_time_and_it_can_be_stopped() {
+    let mut w = serving(Setup::quiet(3005, AckPolicy::First));
+    assert_eq!(w.command(0, Command::StopScrub), Err(CommandRefusal::NotScrubbing));
+    w.scrub(0, ScrubMark::default()).unwrap();
+    assert_eq!(w.scrub(0, ScrubMark::default()), Err(CommandRefusal::Scrubbing));
+    w.command(0, Command::StopScrub).unwrap();
+    w.run_for(ms(500));
+    assert_eq!(w.scrubs_finished(), []);
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+#[test]
+fn a_member_out_of_reach_is_waited_for_until_it_is_back() {
+    let mut w = serving(Setup { lag_max: ms(10_000), ..Setup::quiet(3006, AckPolicy::First) });
+    w.kill_agent(2, false);
+    w.run_for(ms(50));
+    w.scrub(0, ScrubMark::default()).unwrap();
+    w.run_for(ms(2000));
+    let scrub = w.engines[0].volume.snapshot(w.now).scrub.expect("it waits");
+    assert!(scrub.waits_for.is_some_and(|what| what.contains("replica c")), "nothing was compared with c");
+    w.start_agent(2);
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound::default()]);
+}
+
+#[test]
+fn a_replica_out_of_the_view_is_not_compared() {
+    let mut w = serving(Setup::quiet(3007, AckPolicy::First));
+    w.kill_agent(2, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a b"));
+    let write = w.write(0, 0, 8, false);
+    w.done(0, write);
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+#[test]
+fn two_sound_copies_that_differ_are_nobodys_guess() {
+    let mut w = serving(Setup { replicas: 2, ..Setup::quiet(3008, AckPolicy::First) });
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    forge(&mut w, 0, 3);
+    let found = w.scrub_all(0);
+    assert_eq!(found, ScrubFound { differing_blocks: 1, unrepaired_blocks: 1, ..ScrubFound::default() });
+    assert!(w.notices.contains(&Notice::NoMajority { offset: 3 * 4096 }));
+}
+
+#[test]
+fn what_one_of_three_says_alone_is_named_and_overruled() {
+    let mut w = serving(Setup::quiet(3009, AckPolicy::First));
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    forge(&mut w, 1, 3);
+    let found = w.scrub_all(0);
+    assert_eq!(found, ScrubFound { differing_blocks: 1, repaired_blocks: 1, ..ScrubFound::default() });
+    assert_eq!(found_of(&w), [("b".to_owned(), Damage::Differs, 3 * 4096)]);
+    w.settle_and_compare();
+}
+
+#[test]
+fn flipped_bits_are_found_and_repaired_wherever_they_are() {
+    let mut w = serving(Setup::quiet(3010, AckPolicy::First));
+    let write = w.write(0, 0, 256, false);
+    w.done(0, write);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    for (agent, block) in [(0, 1), (1, 1), (2, 30)] {
+        w.agents[agent].disk.image.rot(block * 4096 + 77);
+        w.agents[agent].rotten.push(block as u64 * 4096);
+    }
+    let found = w.scrub_all(0);
+    assert_eq!(found, ScrubFound { bad_blocks: 3, repaired_blocks: 3, ..ScrubFound::default() });
+    let bad = Damage::ChecksumMismatch;
+    assert_eq!(
+        found_of(&w),
+        [("a".to_owned(), bad, 4096), ("b".to_owned(), bad, 4096), ("c".to_owned(), bad, 30 * 4096)]
+    );
+    w.agents.iter_mut().for_each(|agent| agent.rotten.clear());
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_block_that_is_bad_everywhere_is_reported_and_can_be_overwritten() {
+    let mut w = serving(Setup::quiet(3011, AckPolicy::First));
+    let write = w.write(0, 0, 64, false);
+    w.done(0, write);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    for agent in 0..3 {
+        w.agents[agent].disk.image.rot(2 * 4096);
+        w.agents[agent].rotten.push(2 * 4096);
+    }
+    let found = w.scrub_all(0);
+    assert_eq!(found, ScrubFound { bad_blocks: 3, unrepaired_blocks: 1, ..ScrubFound::default() });
+    assert!(w.notices.contains(&Notice::NoGoodCopy { offset: 2 * 4096 }));
+    let write = w.write(0, 16, 8, false);
+    w.done(0, write);
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
