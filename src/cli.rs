@@ -56,6 +56,8 @@ enum Command {
     Replica(ReplicaCommand),
     /// Let a volume that is being served grow
     Resize(ResizeArgs),
+    /// Read and compare all replicas of a volume that is being served, and repair bad blocks
+    Scrub(ScrubArgs),
     /// Start a volume without replicas that are lost for good; what only they hold is lost
     Activate(ActivateArgs),
 }
@@ -230,6 +232,19 @@ struct ResizeArgs {
 }
 
 #[derive(Debug, Args)]
+struct ScrubArgs {
+    volume: String,
+    /// Wait until it ends, also if it was under way already; fail if something is not in order then
+    #[arg(long)]
+    wait: bool,
+    /// End the scrub that is under way
+    #[arg(long, conflicts_with = "wait")]
+    stop: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
 struct ActivateArgs {
     volume: String,
     /// A replica to do without; may be given more than once
@@ -277,6 +292,7 @@ pub fn main() -> ExitCode {
             Command::Replica(ReplicaCommand::Replace(args)) => orders::replace(args).await,
             Command::Replica(ReplicaCommand::Resync(args)) => orders::resync(args).await,
             Command::Resize(args) => orders::resize(args).await,
+            Command::Scrub(args) => orders::scrub(args).await,
             Command::Activate(args) => orders::activate(args).await,
         }
     })

@@ -4,12 +4,14 @@
 //! Owns the shape and names of the report, a contract with programs outside, and its rendering for people. Collects
 //! nothing itself: a `StatusSource` does.
 
+mod scrub;
 mod table;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::AckPolicy;
 
+pub use scrub::{ScrubCounts, ScrubResult, ScrubState, ScrubStatus};
 pub use table::{render, resync_progress};
 
 /// Something that can say how the engine is doing. Called for every request of the admin server, so it must be quick and
@@ -68,6 +70,8 @@ pub struct VolumeStatus {
     pub block_statuses: u64,
     /// CACHE requests since the engine started.
     pub caches: u64,
+    /// Its scrubs.
+    pub scrub: ScrubStatus,
 }
 
 /// What a volume does for its clients.

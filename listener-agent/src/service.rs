@@ -1,10 +1,10 @@
-//! What a service manager gives to both programs and is told by them: sockets that are open already, and how things
-//! stand. Without one, nothing happens here.
+//! What a service manager gives to both programs and is told by them: sockets that are open already, a directory, and how
+//! things stand. Without one, nothing happens here.
 
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -37,6 +37,13 @@ impl PassedSocket {
             }
         }
     }
+}
+
+/// The directory that the service manager made for what the program keeps (STATE_DIRECTORY); the first of several.
+#[must_use]
+pub fn state_directory() -> Option<PathBuf> {
+    let directories = std::env::var_os("STATE_DIRECTORY")?;
+    std::env::split_paths(&directories).next().filter(|directory| directory.is_absolute())
 }
 
 /// Takes the sockets that were passed (LISTEN_FDS), in their order. Call once, before there is a second thread: it

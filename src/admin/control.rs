@@ -33,6 +33,11 @@ pub enum Order {
         /// Its new size.
         size: ByteSize,
     },
+    /// All replicas are read and compared; it goes on by itself.
+    Scrub {
+        /// Instead, a scrub that is under way ends.
+        stop: bool,
+    },
     /// A start that waits for replicas goes on without these; what only they hold is lost.
     Activate {
         /// Which.
@@ -92,6 +97,12 @@ struct ResizeBody {
     size: ByteSize,
 }
 
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct ScrubBody {
+    stop: bool,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ActivateBody {
@@ -106,6 +117,7 @@ pub(super) enum Route<'a> {
     Remove { replica: &'a str },
     Resync { replica: &'a str },
     Resize,
+    Scrub,
     Activate,
 }
 
@@ -118,6 +130,7 @@ impl<'a> Route<'a> {
             ["replicas", replica] => Route::Remove { replica },
             ["replicas", replica, "resync"] => Route::Resync { replica },
             ["resize"] => Route::Resize,
+            ["scrub"] => Route::Scrub,
             ["activate"] => Route::Activate,
             _ => return None,
         };
@@ -128,7 +141,7 @@ impl<'a> Route<'a> {
     pub(super) fn method(self) -> &'static str {
         match self {
             Route::Remove { .. } => "DELETE",
-            Route::Add | Route::Resync { .. } | Route::Resize | Route::Activate => "POST",
+            Route::Add | Route::Resync { .. } | Route::Resize | Route::Scrub | Route::Activate => "POST",
         }
     }
 
@@ -142,6 +155,10 @@ impl<'a> Route<'a> {
                 Ok(Order::Resync { replica: named(replica)?, full })
             }
             Route::Resize => Ok(Order::Resize { size: parse::<ResizeBody>(body)?.size }),
+            Route::Scrub => {
+                let stop = if body.is_empty() { false } else { parse::<ScrubBody>(body)?.stop };
+                Ok(Order::Scrub { stop })
+            }
             Route::Activate => activate_order(parse(body)?),
         }
     }
@@ -209,6 +226,8 @@ mod tests {
         assert_eq!(order("/volumes/vol0/replicas/d/resync", r#"{"full":true}"#), resync(true));
         let resize = Order::Resize { size: ByteSize::gib(2) };
         assert_eq!(order("/volumes/vol0/resize", r#"{"size":"2GiB"}"#), Ok(resize));
+        assert_eq!(order("/volumes/vol0/scrub", ""), Ok(Order::Scrub { stop: false }));
+        assert_eq!(order("/volumes/vol0/scrub", r#"{"stop":true}"#), Ok(Order::Scrub { stop: true }));
         let activate = Order::Activate { without: vec!["b".to_owned()] };
         assert_eq!(order("/volumes/vol0/activate", r#"{"without":["b"],"accept_data_loss":true}"#), Ok(activate));
         for path in ["/volumes", "/volumes/vol0", "/volumes/vol0/", "/volumes/vol0/replicas/d/x", "/volumes/vol0/x"] {
@@ -229,6 +248,7 @@ mod tests {
             ("replicas", r#"{"name":"d","adress":"h:1"}"#, "unknown field `adress`"),
             ("replicas/..", "", "is not allowed"),
             ("resize", r#"{"size":"2GB"}"#, "unknown unit"),
+            ("scrub", r#"{"stop":1}"#, "does not fit"),
             ("activate", r#"{"without":["b"],"accept_data_loss":false}"#, "accept_data_loss"),
             ("activate", r#"{"without":["b"]}"#, "accept_data_loss"),
             ("activate", r#"{"without":[],"accept_data_loss":true}"#, "names no replica"),

@@ -12,7 +12,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::status::{Percentiles, ReplicaState, ReplicaStatus, StatusReport, VolumeState, VolumeStatus};
+use crate::status::{
+    Percentiles, ReplicaState, ReplicaStatus, ScrubState, ScrubStatus, StatusReport, VolumeState, VolumeStatus,
+};
 
 /// Content type of the text that `render` makes.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -72,6 +74,7 @@ struct VolumeMetrics {
     read_bytes: Counters,
     written_bytes: Counters,
     latency: Seconds,
+    scrub: ScrubMetrics,
 }
 
 impl VolumeMetrics {
@@ -92,6 +95,7 @@ impl VolumeMetrics {
             read_bytes: counters(r, "volume_read_bytes", "Bytes of reads answered"),
             written_bytes: counters(r, "volume_written_bytes", "Bytes of writes answered"),
             latency: seconds(r, "volume_latency_seconds", "Recent latency as clients see it, by quantile"),
+            scrub: ScrubMetrics::register(r),
         }
     }
 
@@ -116,6 +120,7 @@ impl VolumeMetrics {
         self.caches.get_or_create(&labels).inc_by(volume.caches);
         self.read_bytes.get_or_create(&labels).inc_by(volume.read_bytes);
         self.written_bytes.get_or_create(&labels).inc_by(volume.written_bytes);
+        self.scrub.set(&labels, &volume.scrub);
         self.set_latency(&volume.name, "read", volume.latency_us.read);
         self.set_latency(&volume.name, "write", volume.latency_us.write);
     }
@@ -129,6 +134,62 @@ impl VolumeMetrics {
             ];
             let seconds = microseconds as f64 / 1e6;
             self.latency.get_or_create(&labels).set(seconds);
+        }
+    }
+}
+
+struct ScrubMetrics {
+    running: Gauges,
+    done: Gauges,
+    total: Gauges,
+    rate: Gauges,
+    last_end: Seconds,
+    last_found: Gauges,
+}
+
+impl ScrubMetrics {
+    fn register(registry: &mut Registry) -> ScrubMetrics {
+        let r = registry;
+        ScrubMetrics {
+            running: gauges(r, "volume_scrub_running", "1 if a scrub is under way, else 0"),
+            done: gauges(r, "volume_scrub_done_bytes", "Bytes that a running scrub is done with"),
+            total: gauges(r, "volume_scrub_total_bytes", "Bytes of a running scrub in all"),
+            rate: gauges(r, "volume_scrub_bytes_per_second", "Recent rate of a running scrub"),
+            last_end: seconds(
+                r,
+                "volume_scrub_last_end_seconds",
+                "When the last scrub ended, since 1970; 0 if none has",
+            ),
+            last_found: gauges(
+                r,
+                "volume_scrub_last_found",
+                "What the last scrub found, by kind: blocks, and bytes not compared with all replicas",
+            ),
+        }
+    }
+
+    fn set(&self, labels: &Labels, scrub: &ScrubStatus) {
+        let running = u64::from(scrub.state != ScrubState::Idle);
+        for (family, value) in [
+            (&self.running, running),
+            (&self.done, scrub.done_bytes),
+            (&self.total, scrub.total_bytes),
+            (&self.rate, scrub.bytes_per_second),
+        ] {
+            family.get_or_create(labels).set(value);
+        }
+        let ended_ms = scrub.last.map_or(0, |last| last.ended_ms);
+        self.last_end.get_or_create(labels).set(ended_ms as f64 / 1e3);
+        let counts = scrub.last.map(|last| last.counts).unwrap_or_default();
+        for (kind, value) in [
+            ("bad_blocks", counts.bad_blocks),
+            ("differing_blocks", counts.differing_blocks),
+            ("repaired_blocks", counts.repaired_blocks),
+            ("unrepaired_blocks", counts.unrepaired_blocks),
+            ("incomplete_bytes", counts.incomplete_bytes),
+        ] {
+            let labels: Labels = labels.iter().cloned().chain([("kind", kind.to_owned())]).collect();
+            self.last_found.get_or_create(&labels).set(value);
         }
     }
 }

@@ -110,7 +110,7 @@ fn start_again(dir: &Path) -> String {
 fn config_text(size: ByteSize, replicas: u8) -> String {
     let mut text = format!(
         "# Written by `nbdcast demo`; an ordinary engine config. config/engine.toml of nbdcast shows every key.\n\
-         [[volume]]\nname = \"{VOLUME}\"\nsize = \"{size}\"\n\
+         [state]\ndirectory = \"state\"\n\n[[volume]]\nname = \"{VOLUME}\"\nsize = \"{size}\"\n\
          lag_bytes_max = \"64MiB\"\njournal_size = \"192MiB\"\non_lag = \"throttle\"\n"
     );
     for name in ('a'..='z').take(replicas.into()) {

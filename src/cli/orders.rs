@@ -8,11 +8,12 @@ use listener_agent::console::{Failure, say};
 use serde_json::{Value, json};
 
 use super::{
-    ActivateArgs, AddArgs, PlaceArgs, RemoveArgs, ReplaceArgs, ResizeArgs, ResyncArgs, engine_url, not_answered,
-    progress, snippet,
+    ActivateArgs, AddArgs, PlaceArgs, RemoveArgs, ReplaceArgs, ResizeArgs, ResyncArgs, ScrubArgs, engine_url,
+    not_answered, progress, snippet,
 };
 use crate::admin::client::{AdminUrl, give_order};
 use crate::config::{ReplicaPlace, check_name};
+use crate::status::ScrubState;
 
 pub(super) async fn add(args: AddArgs) -> Result<(), Failure> {
     let url = engine_url(&args.engine)?;
@@ -52,6 +53,30 @@ pub(super) async fn resync(args: ResyncArgs) -> Result<(), Failure> {
     }
     progress::until_member(&url, &args.volume, &args.name).await?;
     say_member(&args.volume, &args.name)
+}
+
+pub(super) async fn scrub(args: ScrubArgs) -> Result<(), Failure> {
+    let url = engine_url(&args.engine)?;
+    let path = format!("{}/scrub", volume_path(&args.volume)?);
+    let state = progress::volume_of(&url, &args.volume).await?.scrub.state;
+    if args.wait && state != ScrubState::Idle {
+        say(format_args!("volume {} is being scrubbed already", args.volume))?;
+    } else {
+        say(order(&url, Method::POST, &path, json!({ "stop": args.stop })).await?)?;
+    }
+    if !args.wait {
+        return Ok(());
+    }
+    let result = progress::until_scrubbed(&url, &args.volume).await?;
+    let found = result.counts.describe();
+    if !result.is_finished {
+        return Err(Failure::failed(format_args!("the scrub of volume {} was stopped: {found}", args.volume)));
+    }
+    if result.counts.unrepaired_blocks > 0 || result.counts.incomplete_bytes > 0 {
+        return Err(Failure::failed(format_args!("volume {} is scrubbed: {found}", args.volume))
+            .remedy("see its events (`nbdcast top`, or /events) for which blocks and replicas, then scrub again"));
+    }
+    say(format_args!("volume {} is scrubbed: {found}", args.volume))
 }
 
 pub(super) async fn resize(args: ResizeArgs) -> Result<(), Failure> {

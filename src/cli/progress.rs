@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::not_answered;
 use crate::admin::client::{AdminUrl, ask_status};
-use crate::status::{ReplicaState, ReplicaStatus, VolumeState, VolumeStatus, resync_progress};
+use crate::status::{ReplicaState, ReplicaStatus, ScrubResult, ScrubState, VolumeState, VolumeStatus, resync_progress};
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Between two lines on a terminal, where each takes the place of the one before.
@@ -93,6 +93,22 @@ pub(super) async fn until_removed(url: &AdminUrl, volume: &str, replica: &str) -
         tokio::time::sleep(LOOK_EVERY).await;
     }
     Ok(())
+}
+
+/// Waits until the scrub of a volume has ended.
+pub(super) async fn until_scrubbed(url: &AdminUrl, volume: &str) -> Result<ScrubResult, Failure> {
+    let mut teller = Teller::new();
+    loop {
+        let status = volume_of(url, volume).await?;
+        match status.scrub.last.filter(|_| status.scrub.state == ScrubState::Idle) {
+            Some(last) => return Ok(last),
+            None if status.state == VolumeState::Failed => {
+                return Err(Failure::failed(format_args!("volume {volume} failed")));
+            }
+            None => teller.tell(|| format!("volume {volume}: scrub {}", status.scrub.progress())),
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Waits until a volume serves that was told to do without replicas.

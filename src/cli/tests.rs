@@ -21,7 +21,7 @@ fn the_command_line_is_consistent() {
 #[test]
 fn only_commands_that_exist_are_shown() {
     let shown: Vec<String> = Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
-    assert_eq!(shown, ["demo", "create", "serve", "certs", "status", "top", "replica", "resize", "activate"]);
+    assert_eq!(shown, ["demo", "create", "serve", "certs", "status", "top", "replica", "resize", "scrub", "activate"]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! [`volume_task`] holds a volume and carries out what it wants, [`front`] lets its clients in, [`link`] keeps the connection to a listener agent that [`dial`] makes,
 //! [`embedded`] does the same for a replica in this process, [`seat`] ties either to its volume, [`format`] makes new
-//! replicas, [`orders`] does what an operator asks for, [`door`] opens the way in for clients, [`report`] says how things stand and [`events`] what happened. No
+//! replicas, [`orders`] does what an operator asks for, [`door`] opens the way in for clients, [`report`] says how things stand and [`events`] what happened, [`scrubbing`] when a volume is scrubbed. No
 //! rule of ordering or replication is made here.
 
 mod accounts;
@@ -16,6 +16,7 @@ mod latency;
 mod link;
 mod orders;
 mod report;
+mod scrubbing;
 mod seat;
 mod volume_task;
 
@@ -23,6 +24,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use listener_agent::service;
 use listener_agent::tls::TlsError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -252,9 +254,12 @@ impl Engine {
         let front = Arc::new(Front { server, stop: watch::Sender::new(false), serving: Mutex::default() });
         let log = Arc::new(EventLog::default());
         let agents = Arc::new(Agents::new(&config.agents)?);
+        let state_directory = config.state.directory.clone().or_else(service::state_directory);
         let mut volumes = Vec::new();
         for volume in &config.volumes {
-            volumes.push(VolumeTask::start(volume, agents.clone(), options.take_over, log.clone()).await?);
+            let (agents, log) = (agents.clone(), log.clone());
+            let task = VolumeTask::start(volume, agents, options.take_over, state_directory.as_deref(), log);
+            volumes.push(task.await?);
         }
         let (tell, events) = mpsc::channel(EVENTS_QUEUED_MAX);
         let mut following = JoinSet::new();
@@ -293,6 +298,7 @@ impl Engine {
         }
         let catch_up_until = Instant::now() + CATCH_UP_MAX;
         for volume in &self.volumes {
+            volume.keep_scrub(true).await;
             volume.stop(catch_up_until).await;
         }
         let close_until = Instant::now() + CLOSE_MAX;

@@ -28,7 +28,11 @@ impl Control for Reporter {
         };
         let elsewhere = match &order {
             Order::AddReplica(replica) => self.use_of(&replica.place),
-            Order::RemoveReplica { .. } | Order::Resync { .. } | Order::Resize { .. } | Order::Activate { .. } => None,
+            Order::RemoveReplica { .. }
+            | Order::Resync { .. }
+            | Order::Resize { .. }
+            | Order::Scrub { .. }
+            | Order::Activate { .. } => None,
         };
         // In a task of its own: a client that goes away does not leave an order half carried out.
         let working = tokio::spawn(async move {
@@ -109,6 +113,7 @@ impl VolumeTask {
             }
             Order::Resync { replica, full } => self.resync_replica(&replica, full).await,
             Order::Resize { size } => self.grow(size.bytes()).await,
+            Order::Scrub { stop } => Ok(self.order_scrub(stop)?),
             Order::Activate { without } => {
                 let replicas = without.iter().map(|replica| name(replica)).collect();
                 self.command(Command::ActivateWithout { replicas })?;

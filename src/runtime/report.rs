@@ -65,6 +65,7 @@ fn volume_status(task: &VolumeTask) -> VolumeStatus {
         },
         block_statuses: snapshot.statuses,
         caches: snapshot.prefetches,
+        scrub: task.scrubbing.status(snapshot.scrub.as_ref()),
     }
 }
 

@@ -2,6 +2,7 @@
 //! an agent, the journal thread of a replica in this process, the clock) takes the lock, tells it, and then carries out
 //! what it wants with the lock released: answer clients, wake links. That saves a task switch on every write.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use super::StartError;
 use super::dial::Agents;
 use super::events::EventLog;
 use super::front::{Figures, Token};
+use super::scrubbing::{self, Scrubbing};
 use super::seat::{Link, Slot, Slots, address_of, name};
 use crate::config::{OnLag, ReadPolicy, ReplicaPlace, VolumeConfig};
 use crate::nbd::ExportInfo;
@@ -77,6 +79,7 @@ pub(super) struct VolumeTask {
     resized: watch::Sender<Option<Result<u64, String>>>,
     events: Arc<EventLog>,
     pub(super) figures: Figures,
+    pub(super) scrubbing: Scrubbing,
     ticking: OnceLock<AbortHandle>,
     /// Removed replicas that are being closed.
     retiring: Mutex<Vec<JoinHandle<()>>>,
@@ -121,6 +124,7 @@ impl VolumeTask {
         config: &VolumeConfig,
         agents: Arc<Agents>,
         take_over: bool,
+        state_directory: Option<&Path>,
         events: Arc<EventLog>,
     ) -> Result<Arc<VolumeTask>, StartError> {
         let settings = settings(config, take_over);
@@ -151,6 +155,7 @@ impl VolumeTask {
             resized: watch::Sender::new(None),
             events,
             figures: Figures::new(),
+            scrubbing: Scrubbing::new(&config.name, config.scrub_interval.0, state_directory),
             ticking: OnceLock::new(),
             retiring: Mutex::default(),
             ordering: tokio::sync::Mutex::new(()),
@@ -158,6 +163,7 @@ impl VolumeTask {
         for slot in task.slots().iter().flatten() {
             slot.start();
         }
+        tokio::spawn(scrubbing::look_after(Arc::downgrade(&task)));
         let every = if config.read == ReadPolicy::Hedged { TICK_HEDGED } else { TICK };
         let ticking = tokio::spawn(tick(Arc::downgrade(&task), every));
         let _ = task.ticking.set(ticking.abort_handle());
@@ -309,6 +315,8 @@ impl VolumeTask {
         match notice {
             Notice::Resized { size_bytes } => drop(self.resized.send_replace(Some(Ok(*size_bytes)))),
             Notice::ResizeFailed { .. } => drop(self.resized.send_replace(Some(Err(notice.to_string())))),
+            Notice::Scrubbing { position } => self.scrubbing.begun(*position),
+            Notice::ScrubEnded { mark, is_finished } => self.scrubbing.ended(*mark, *is_finished),
             Notice::ViewInForce { .. }
             | Notice::Dropping { .. }
             | Notice::Replaying { .. }
@@ -329,9 +337,7 @@ impl VolumeTask {
             | Notice::GivenUp { .. }
             | Notice::SizeDiffers { .. }
             | Notice::Frozen(_)
-            | Notice::Space { .. }
-            | Notice::Scrubbing { .. }
-            | Notice::ScrubEnded { .. } => {}
+            | Notice::Space { .. } => {}
         }
     }
 

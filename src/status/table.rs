@@ -1,4 +1,4 @@
-//! The status report for people: a heading and two lines of figures per volume, one aligned row per replica.
+//! The status report for people: a heading and three lines of figures per volume, one aligned row per replica.
 //!
 //! Owns layout only; every figure comes from the report.
 
@@ -55,6 +55,7 @@ fn render_volume(volume: &VolumeStatus) -> String {
         microseconds(write.p50),
         microseconds(write.p99),
     );
+    let _ = writeln!(text, "  {}", volume.scrub.line());
     let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(volume.replicas.iter().map(row));
     text.push_str(&align(&rows));
@@ -124,7 +125,7 @@ fn align<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-fn human(bytes: u64) -> String {
+pub(super) fn human(bytes: u64) -> String {
     ByteSize::from_bytes(bytes).human()
 }
 
@@ -143,7 +144,7 @@ fn milliseconds(value: u64) -> String {
     }
 }
 
-fn duration(seconds: u64) -> String {
+pub(super) fn duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3_600 => format!("{} min {} s", seconds / 60, seconds % 60),

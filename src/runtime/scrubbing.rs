@@ -1,0 +1,391 @@
+//! When a volume is scrubbed, and what is remembered of it: how far the scrub of the engine before was, and how the last
+//! one ended.
+//!
+//! Owns the schedule and one small file per volume in the state directory, if there is one. What is lost with the file is how
+//! far a scrub was: nothing that a replica holds. How a scrub is done is the state machine's (`volume/scrub.rs`).
+
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::volume_task::VolumeTask;
+use crate::status::{ScrubCounts, ScrubResult, ScrubState, ScrubStatus};
+use crate::volume::{Command, CommandRefusal, ScrubFound, ScrubMark, ScrubSnapshot, VolumeSnapshot, VolumeState};
+
+/// How often it is looked whether a scrub is due.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is written down how far a scrub is.
+const KEEP_EVERY: Duration = Duration::from_secs(5);
+/// What is longer is no such file.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+/// What outlives the engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Kept {
+    /// Of which volume.
+    uuid: String,
+    /// Since when the schedule counts if no scrub has ended, ms since 1970.
+    since_ms: u64,
+    running: Option<Running>,
+    last: Option<ScrubResult>,
+}
+
+/// A scrub that has not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Running {
+    began_ms: u64,
+    position: u64,
+    counts: ScrubCounts,
+}
+
+/// The scrubs of one volume.
+pub(super) struct Scrubbing {
+    interval: Option<Duration>,
+    file: Option<PathBuf>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    kept: Kept,
+    written: Kept,
+    written_at_ms: u64,
+    /// The volume serves, and what an engine before was at goes on.
+    is_resumed: bool,
+    is_warned: bool,
+    /// At the last look there was no scrub, and nobody had said that it ended.
+    is_astray: bool,
+}
+
+fn now_ms() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn counts(found: ScrubFound) -> ScrubCounts {
+    let ScrubFound { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes } = found;
+    ScrubCounts { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes }
+}
+
+fn mark(running: Running) -> ScrubMark {
+    let ScrubCounts { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes } =
+        running.counts;
+    let found = ScrubFound { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes };
+    ScrubMark { position: running.position, found }
+}
+
+impl Scrubbing {
+    /// Takes up what an engine before left in `directory`.
+    pub(super) fn new(volume: &str, interval: Option<Duration>, directory: Option<&Path>) -> Scrubbing {
+        let file = directory.map(|directory| directory.join(format!("scrub-{volume}.json")));
+        let kept = file.as_deref().and_then(|file| match read(file) {
+            Ok(kept) => kept,
+            Err(error) => {
+                warn!("volume {volume}: {} cannot be used, scrubs begin anew: {error}", file.display());
+                None
+            }
+        });
+        let kept = kept.unwrap_or_else(|| Kept { since_ms: now_ms(), ..Kept::default() });
+        let state = State { kept, ..State::default() };
+        Scrubbing { interval, file, state: Mutex::new(state) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread panicked with the lock")
+    }
+
+    /// A scrub began at this byte, or goes on there.
+    pub(super) fn begun(&self, position: u64) {
+        let mut state = self.lock();
+        let before = state.kept.running.filter(|running| running.position == position && position > 0);
+        let new = Running { began_ms: now_ms(), position, counts: ScrubCounts::default() };
+        state.kept.running = Some(before.unwrap_or(new));
+    }
+
+    /// A scrub ended.
+    pub(super) fn ended(&self, mark: ScrubMark, is_finished: bool) {
+        let mut state = self.lock();
+        let ended_ms = now_ms();
+        let began_ms = state.kept.running.take().map_or(ended_ms, |running| running.began_ms);
+        state.kept.last = Some(ScrubResult { began_ms, ended_ms, is_finished, counts: counts(mark.found) });
+    }
+
+    /// Brings it up to the volume as it is; returns what the volume is to do.
+    fn look(&self, snapshot: &VolumeSnapshot, now_ms: u64) -> Option<Command> {
+        let serves = matches!(snapshot.state, VolumeState::Serving | VolumeState::Frozen);
+        let uuid = snapshot.uuid.filter(|_| serves)?.to_string();
+        let mut state = self.lock();
+        if state.kept.uuid != uuid {
+            // Of another volume that had this name.
+            let is_other = !state.kept.uuid.is_empty();
+            let kept = if is_other { Kept { since_ms: now_ms, ..Kept::default() } } else { state.kept.clone() };
+            state.kept = Kept { uuid, ..kept };
+        }
+        if !std::mem::replace(&mut state.is_resumed, true)
+            && let Some(running) = state.kept.running
+        {
+            return Some(Command::Scrub { from: mark(running) });
+        }
+        match &snapshot.scrub {
+            Some(scrub) => {
+                state.is_astray = false;
+                let running = state.kept.running.get_or_insert(Running {
+                    began_ms: now_ms,
+                    position: 0,
+                    counts: ScrubCounts::default(),
+                });
+                (running.position, running.counts) = (scrub.mark.position, counts(scrub.mark.found));
+                None
+            }
+            None if state.kept.running.is_some() && !state.is_astray => {
+                // Its end is being told just now.
+                state.is_astray = true;
+                None
+            }
+            None => {
+                state.is_astray = false;
+                state.kept.running = None;
+                let is_due = due_ms(&state.kept, self.interval).is_some_and(|due| now_ms >= due);
+                is_due.then(|| Command::Scrub { from: ScrubMark::default() })
+            }
+        }
+    }
+
+    /// Writes down what changed: now and then while a scrub is under way, else at once.
+    fn keep(&self, now_ms: u64, at_once: bool) {
+        let Some(file) = &self.file else { return };
+        let kept = {
+            let mut state = self.lock();
+            let is_new = state.kept.last != state.written.last
+                || state.kept.running.is_some() != state.written.running.is_some()
+                || state.kept.uuid != state.written.uuid;
+            let is_time = u128::from(now_ms.saturating_sub(state.written_at_ms)) >= KEEP_EVERY.as_millis();
+            if state.kept == state.written || !(is_new || is_time || at_once) {
+                return;
+            }
+            state.written = state.kept.clone();
+            state.written_at_ms = now_ms;
+            state.kept.clone()
+        };
+        if let Err(error) = write(file, &kept) {
+            let is_warned = std::mem::replace(&mut self.lock().is_warned, true);
+            if !is_warned {
+                warn!("{} cannot be written, so that a scrub begins anew after a restart: {error}", file.display());
+            }
+        }
+    }
+
+    /// For people and programs.
+    pub(super) fn status(&self, snapshot: Option<&ScrubSnapshot>) -> ScrubStatus {
+        let state = self.lock();
+        let last = state.kept.last;
+        let Some(scrub) = snapshot else {
+            if let Some(running) = state.kept.running {
+                return ScrubStatus {
+                    state: ScrubState::Waiting,
+                    waits_for: Some("the volume".to_owned()),
+                    done_bytes: running.position,
+                    found: running.counts,
+                    last,
+                    ..ScrubStatus::default()
+                };
+            }
+            let next_ms = due_ms(&state.kept, self.interval);
+            return ScrubStatus { last, next_ms, ..ScrubStatus::default() };
+        };
+        ScrubStatus {
+            state: if scrub.waits_for.is_some() { ScrubState::Waiting } else { ScrubState::Running },
+            waits_for: scrub.waits_for.clone(),
+            done_bytes: scrub.mark.position,
+            total_bytes: scrub.total_bytes,
+            bytes_per_second: scrub.bytes_per_second,
+            eta_seconds: scrub.eta_seconds,
+            found: counts(scrub.mark.found),
+            last,
+            next_ms: None,
+        }
+    }
+}
+
+/// When the next scrub is due by the schedule, ms since 1970.
+fn due_ms(kept: &Kept, interval: Option<Duration>) -> Option<u64> {
+    let since = kept.last.map_or(kept.since_ms, |last| last.ended_ms);
+    let interval = u64::try_from(interval?.as_millis()).unwrap_or(u64::MAX);
+    Some(since.saturating_add(interval))
+}
+
+fn read(file: &Path) -> io::Result<Option<Kept>> {
+    let found = match std::fs::File::open(file) {
+        Ok(found) => found,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut text = String::new();
+    found.take(FILE_BYTES_MAX).read_to_string(&mut text)?;
+    Ok(Some(serde_json::from_str(&text)?))
+}
+
+/// Puts the file in the place of the one before as a whole.
+fn write(file: &Path, kept: &Kept) -> io::Result<()> {
+    if let Some(directory) = file.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let new = file.with_extension("json.new");
+    let mut out = std::fs::File::create(&new)?;
+    out.write_all(serde_json::to_string(kept)?.as_bytes())?;
+    out.sync_all()?;
+    std::fs::rename(&new, file)
+}
+
+/// Looks after the scrubs of a volume for as long as there is one.
+pub(super) async fn look_after(task: Weak<VolumeTask>) {
+    let mut interval = tokio::time::interval(LOOK_EVERY);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let Some(task) = task.upgrade() else { return };
+        let (snapshot, _) = task.snapshot();
+        if let Some(command) = task.scrubbing.look(&snapshot, now_ms()) {
+            // It was refused if somebody was faster, or if the volume serves no more.
+            let _ = task.command(command);
+        }
+        task.keep_scrub(false).await;
+    }
+}
+
+impl VolumeTask {
+    /// Begins a scrub, or ends the one under way.
+    pub(super) fn order_scrub(&self, stop: bool) -> Result<String, CommandRefusal> {
+        if stop {
+            self.command(Command::StopScrub)?;
+            return Ok(format!("the scrub of volume {} is stopped", self.name()));
+        }
+        self.command(Command::Scrub { from: ScrubMark::default() })?;
+        Ok(format!("volume {} is being scrubbed", self.name()))
+    }
+
+    /// Writes down how far a scrub is.
+    pub(super) async fn keep_scrub(self: &Arc<Self>, at_once: bool) {
+        let task = self.clone();
+        // A state directory may be on a slow disk. One that panics keeps nothing.
+        let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), at_once)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{Epoch, Seq, VolumeUuid};
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+    const HOUR_MS: u64 = 3_600_000;
+    const MIB: u64 = 1 << 20;
+
+    fn snapshot(uuid: u8, scrub: Option<u64>) -> VolumeSnapshot {
+        let found = ScrubFound { bad_blocks: 2, ..ScrubFound::default() };
+        let scrub = scrub.map(|position| ScrubSnapshot {
+            mark: ScrubMark { position, found },
+            total_bytes: 8 * MIB,
+            bytes_per_second: 0,
+            eta_seconds: None,
+            waits_for: None,
+        });
+        VolumeSnapshot {
+            uuid: Some(VolumeUuid([uuid; 16])),
+            epoch: Epoch(1),
+            seq: Seq(1),
+            view: vec![],
+            state: VolumeState::Serving,
+            exposed_bytes: 0,
+            peers: vec![],
+            size_bytes: 8 * MIB,
+            blocked: None,
+            reads: 0,
+            writes: 0,
+            statuses: 0,
+            prefetches: 0,
+            scrub,
+        }
+    }
+
+    fn begins_at(command: Option<Command>) -> Option<u64> {
+        command.map(|command| match command {
+            Command::Scrub { from } => from.position,
+            other => panic!("a scrub, not {other:?}"),
+        })
+    }
+
+    #[test]
+    fn a_scrub_goes_on_after_a_restart_where_it_was() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = || Scrubbing::new("v", Some(HOUR), Some(dir.path()));
+        let before = open();
+        assert_eq!(before.look(&snapshot(1, None), now_ms()), None);
+        before.begun(0);
+        before.look(&snapshot(1, Some(3 * MIB)), now_ms());
+        before.keep(now_ms(), true);
+        let after = open();
+        let waiting = after.status(None);
+        assert_eq!((waiting.state, waiting.done_bytes), (ScrubState::Waiting, 3 * MIB));
+        let Some(Command::Scrub { from }) = after.look(&snapshot(1, None), now_ms()) else { panic!("it goes on") };
+        assert_eq!((from.position, from.found.bad_blocks), (3 * MIB, 2));
+        after.begun(3 * MIB);
+        let began_ms = before.lock().kept.running.expect("it runs").began_ms;
+        after.ended(ScrubMark { position: 8 * MIB, ..from }, true);
+        assert_eq!(after.status(None).last.map(|last| (last.began_ms, last.counts.bad_blocks)), Some((began_ms, 2)));
+        after.keep(now_ms(), false);
+        assert_eq!(open().status(None), after.status(None), "how it ended is remembered too");
+        assert_eq!(begins_at(open().look(&snapshot(1, None), now_ms())), None);
+    }
+
+    #[test]
+    fn what_is_kept_of_another_volume_of_the_same_name_is_not_gone_by() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = || Scrubbing::new("v", None, Some(dir.path()));
+        let other = open();
+        other.look(&snapshot(1, Some(3 * MIB)), 0);
+        other.keep(0, true);
+        let scrubbing = open();
+        assert_eq!(scrubbing.look(&snapshot(2, None), 0), None);
+        assert_eq!(scrubbing.status(None), ScrubStatus::default());
+    }
+
+    #[test]
+    fn a_scrub_is_due_an_interval_after_the_last_one_or_the_first_start() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = |interval| Scrubbing::new("v", interval, Some(dir.path()));
+        let first = now_ms();
+        let scrubbing = open(Some(HOUR));
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), first)), None);
+        scrubbing.keep(first, true);
+        let scrubbing = open(Some(HOUR));
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), first + HOUR_MS - 1)), None, "restarts do not count");
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), first + HOUR_MS + 1000)), Some(0));
+        assert_eq!(begins_at(open(None).look(&snapshot(1, None), first + HOUR_MS * 100_000)), None, "it is off");
+        scrubbing.begun(0);
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, Some(0)), first + HOUR_MS * 9)), None, "one is under way");
+        scrubbing.ended(ScrubMark::default(), false);
+        let ended = scrubbing.status(None).last.expect("it ended").ended_ms;
+        assert_eq!(scrubbing.status(None).next_ms, Some(ended + HOUR_MS));
+    }
+
+    #[test]
+    fn a_file_that_makes_no_sense_and_a_directory_that_cannot_be_written_cost_the_memory_only() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for text in ["", "{", "null", &"9".repeat(100_000)] {
+            std::fs::write(dir.path().join("scrub-v.json"), text).expect("it can be written");
+            let scrubbing = Scrubbing::new("v", Some(HOUR), Some(dir.path()));
+            assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), now_ms())), None);
+        }
+        let nowhere = dir.path().join("scrub-v.json/below-a-file");
+        let scrubbing = Scrubbing::new("v", Some(HOUR), Some(&nowhere));
+        scrubbing.look(&snapshot(1, Some(MIB)), now_ms());
+        scrubbing.keep(now_ms(), true);
+        assert_eq!(scrubbing.status(None).done_bytes, MIB);
+    }
+}
