@@ -101,6 +101,8 @@ impl Scrubbing {
     /// A scrub began at this byte, or goes on there.
     pub(super) fn begun(&self, position: u64) {
         let mut state = self.lock();
+        // One that somebody orders before takes the place of what an engine before was at.
+        state.is_resumed = true;
         let before = state.kept.running.filter(|running| running.position == position && position > 0);
         let new = Running { began_ms: now_ms(), position, counts: ScrubCounts::default() };
         state.kept.running = Some(before.unwrap_or(new));
@@ -271,6 +273,10 @@ impl VolumeTask {
     /// Writes down how far a scrub is.
     pub(super) async fn keep_scrub(self: &Arc<Self>, at_once: bool) {
         let task = self.clone();
+        if at_once {
+            // What it would have the volume do now is left to the next engine.
+            let _ = task.scrubbing.look(&task.snapshot().0, now_ms());
+        }
         // A state directory may be on a slow disk. One that panics keeps nothing.
         let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), at_once)).await;
     }

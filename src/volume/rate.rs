@@ -82,7 +82,7 @@ impl Rate {
     }
 
     /// Whether clients have asked for nothing lately.
-    fn is_idle(&self, now: Time) -> bool {
+    pub(super) fn is_idle(&self, now: Time) -> bool {
         self.client_at.is_none_or(|at| now.saturating_sub(at) > IDLE_AFTER)
     }
 

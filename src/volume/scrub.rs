@@ -24,8 +24,12 @@ use super::repair::Finding;
 use super::{CommandRefusal, Damage, Notice, PeerId, Phase, Time, Volume};
 use chunks::{Chunks, Looked};
 
-/// Chunks under way, at most.
-const CHUNKS_MAX: usize = 4;
+/// Chunks under way, at most, and bytes of one, while no client asks for anything.
+const IDLE: (usize, u64) = (4, 256 * 1024);
+/// The same while clients are at work: none of them waits for more than one short read, nor a record for being applied.
+const BUSY: (usize, u64) = (1, 64 * 1024);
+/// Chunks that are not done with, at most: of some a bad copy is being repaired.
+const CHUNKS_MAX: usize = 16;
 /// A member in force that is out of reach is waited for so long: it comes back, or leaves the view.
 const MEMBER_PATIENCE: Duration = Duration::from_secs(60);
 const SPEED_OVER: Duration = Duration::from_secs(2);
@@ -135,7 +139,7 @@ impl<T> Volume<T> {
         }
         let Some(scrub) = &mut self.scrub else { return };
         scrub.measure_speed(now);
-        if scrub.chunks.is_asking() {
+        if scrub.chunks.asking() > 0 {
             scrub.rate.copying(now);
         }
         if scrub.chunks.is_done() {
@@ -182,11 +186,13 @@ impl<T> Volume<T> {
 
     fn begin_scrub_chunks(&mut self, now: Time) {
         let Some(scrub) = &mut self.scrub else { return };
-        while scrub.chunks.len() < CHUNKS_MAX
-            && let Some(range) = scrub.chunks.peek()
+        let (chunks_max, chunk_bytes) = if scrub.rate.is_idle(now) { IDLE } else { BUSY };
+        while scrub.chunks.asking() < chunks_max
+            && scrub.chunks.len() < CHUNKS_MAX
+            && let Some(range) = scrub.chunks.peek(chunk_bytes)
             && scrub.rate.take(range.length, now)
         {
-            scrub.chunks.begin(now);
+            scrub.chunks.begin(range, now);
         }
     }
 

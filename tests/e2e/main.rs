@@ -17,6 +17,7 @@ mod plan;
 mod program;
 mod proxy;
 mod scratch;
+mod scrub;
 mod seed;
 mod served;
 mod status;

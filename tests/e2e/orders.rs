@@ -42,6 +42,11 @@ impl Cluster {
         self.order(&["resize", VOLUME, &format!("{}KiB", size >> 10)])
     }
 
+    /// Has all replicas compared; with `--wait` it ends when that is done.
+    pub fn scrub(&self, further: &[&str]) -> Outcome {
+        self.order(&[&["scrub", VOLUME], further].concat())
+    }
+
     /// Gives up a replica that a start waits for, with what only it holds; ends when the volume serves.
     pub fn activate_without(&self, name: &str, further: &[&str]) -> Outcome {
         self.order(&[&["activate", VOLUME, "--without", name], further].concat())

@@ -58,7 +58,7 @@ pub fn config_text(plan: &Plan, endpoint: &Endpoint, admin_port: u16, replicas: 
     let agents =
         if plan.tls { format!("[agents]\ncertificates = \"{CERTIFICATES}/engine\"\n\n") } else { String::new() };
     let mut text = format!(
-        "{agents}[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
+        "{agents}[state]\ndirectory = \"state\"\n\n[nbd]\nlisten = \"{listen}\"\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\n\
          [[volume]]\nname = \"{VOLUME}\"\nsize = \"{}KiB\"\njournal_size = \"{}KiB\"\n\
          ack = {{ write = \"{}\", flush = \"{}\" }}\nlag_bytes_max = \"{}KiB\"\nlag_ms_max = {}\n\
          on_lag = \"{}\"\nfreeze_ms = {}\nresync_rate_min = \"{}KiB\"\nlease_ms = 500\n\

@@ -11,8 +11,6 @@ use super::super::{Damage, PeerId, Time};
 use super::ScrubFound;
 use super::verdict::{Fault, compare};
 
-/// Bytes of one chunk: small, as records that change it wait while it is looked at.
-pub(super) const CHUNK_BYTES: u64 = 256 * 1024;
 /// Looks at a chunk of which a copy is bad, at most: each but the first waits until the repair should be done.
 const LOOKS_MAX: u32 = 8;
 /// The second look comes so long after the first, each further one after twice as long.
@@ -92,7 +90,7 @@ impl Chunks {
         self.found
     }
 
-    /// Chunks under way.
+    /// Chunks that are not done with.
     pub(super) fn len(&self) -> usize {
         self.under_way.len()
     }
@@ -102,20 +100,19 @@ impl Chunks {
         self.next >= self.size_bytes && self.under_way.is_empty()
     }
 
-    /// Whether members are being asked.
-    pub(super) fn is_asking(&self) -> bool {
-        self.under_way.values().any(|c| matches!(c.look, Look::Asked { .. }))
+    /// Chunks that nobody has answered for the first time, or that members are being asked about.
+    pub(super) fn asking(&self) -> usize {
+        self.under_way.values().filter(|c| c.looks == 0 || matches!(c.look, Look::Asked { .. })).count()
     }
 
-    /// The next chunk that nothing was done about yet.
-    pub(super) fn peek(&self) -> Option<ByteRange> {
-        let length = CHUNK_BYTES.min(self.size_bytes - self.next);
+    /// The next chunk that nothing was done about yet, of so many bytes at most.
+    pub(super) fn peek(&self, bytes_max: u64) -> Option<ByteRange> {
+        let length = bytes_max.min(self.size_bytes - self.next);
         (length > 0).then_some(ByteRange { offset: self.next, length })
     }
 
-    /// The chunk that was peeked is begun.
-    pub(super) fn begin(&mut self, now: Time) {
-        let Some(range) = self.peek() else { return };
+    /// A chunk that was peeked is begun.
+    pub(super) fn begin(&mut self, range: ByteRange, now: Time) {
         self.next = range.end();
         let chunk = Chunk {
             range,
@@ -236,6 +233,8 @@ impl ScrubFound {
 mod tests {
     use super::*;
 
+    const CHUNK_BYTES: u64 = 256 * 1024;
+    const BLOCK_0: ByteRange = ByteRange { offset: 0, length: BLOCK_BYTES };
     const SOUND: BlockFound = BlockFound::Sound { checksum: 7 };
     const OTHER: BlockFound = BlockFound::Sound { checksum: 8 };
 
@@ -264,9 +263,9 @@ mod tests {
     fn a_volume_is_looked_at_chunk_by_chunk_to_its_end() {
         let mut chunks = chunks(CHUNK_BYTES * 2 + BLOCK_BYTES);
         let mut lengths = Vec::new();
-        while let Some(range) = chunks.peek() {
+        while let Some(range) = chunks.peek(CHUNK_BYTES) {
             lengths.push(range.length);
-            chunks.begin(ms(0));
+            chunks.begin(range, ms(0));
         }
         assert_eq!(lengths, [CHUNK_BYTES, CHUNK_BYTES, BLOCK_BYTES]);
         assert_eq!((chunks.position(), chunks.is_done()), (0, false));
@@ -288,7 +287,7 @@ mod tests {
     #[test]
     fn a_bad_copy_counts_once_and_as_repaired_only_when_a_later_look_shows_it() {
         let mut chunks = chunks(BLOCK_BYTES);
-        chunks.begin(ms(0));
+        chunks.begin(BLOCK_0, ms(0));
         let bad = Some(BlockFound::Mismatch);
         let first = look(&mut chunks, ms(0), &[bad, Some(SOUND)]);
         assert_eq!(first.faults[0].bad, [(0, Damage::ChecksumMismatch)]);
@@ -306,7 +305,7 @@ mod tests {
     #[test]
     fn what_no_repair_helps_is_given_up_and_counted() {
         let mut chunks = chunks(BLOCK_BYTES);
-        chunks.begin(ms(0));
+        chunks.begin(BLOCK_0, ms(0));
         let mut now = ms(0);
         for _ in 0..LOOKS_MAX {
             look(&mut chunks, now, &[Some(OTHER), Some(SOUND), Some(SOUND)]);
@@ -323,7 +322,7 @@ mod tests {
             [([SOUND, OTHER], true, 0), ([BlockFound::Mismatch, BlockFound::Unreadable], false, 2)]
         {
             let mut chunks = chunks(BLOCK_BYTES);
-            chunks.begin(ms(0));
+            chunks.begin(BLOCK_0, ms(0));
             assert_eq!(look(&mut chunks, ms(0), &found.map(Some)).ties, if is_tie { vec![0] } else { vec![] });
             assert!(chunks.is_done());
             let found = chunks.found();
@@ -334,7 +333,7 @@ mod tests {
     #[test]
     fn a_member_that_does_not_answer_makes_a_chunk_incomplete_after_a_few_tries() {
         let mut chunks = chunks(BLOCK_BYTES);
-        chunks.begin(ms(0));
+        chunks.begin(BLOCK_0, ms(0));
         for attempt in 0..u64::from(LOST_MAX) {
             assert!(!chunks.is_done());
             look(&mut chunks, ms(attempt * 500), &[None, Some(SOUND)]);
@@ -346,7 +345,7 @@ mod tests {
     #[test]
     fn an_answer_of_another_length_is_none() {
         let mut chunks = chunks(BLOCK_BYTES);
-        chunks.begin(ms(0));
+        chunks.begin(BLOCK_0, ms(0));
         chunks.asked(0, 9, &[0], Seq(5), true);
         chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
         assert!(!chunks.is_done(), "it is asked again");
