@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use protocol::ranges::ByteRange;
-use protocol::{Record, Seq};
+use protocol::{Record, RecordKind, Seq};
 
 use super::Time;
 
@@ -102,11 +102,15 @@ impl Log {
         self.entries.iter().skip(skip).map(|e| e.record.header.range()).filter(|r| r.length > 0)
     }
 
-    /// The last record after `seq` that changes a byte of `range`.
-    pub(super) fn last_change_after(&self, seq: Seq, range: ByteRange) -> Option<Seq> {
+    /// The last record after `seq` that a look at `range` has to come after: one that changes a byte of it, or that is of
+    /// no range and may change what a replica is.
+    pub(super) fn last_to_be_seen(&self, seq: Seq, range: ByteRange) -> Option<Seq> {
         let skip = (seq.ahead_of(self.base) as usize).min(self.entries.len());
-        let changed = self.entries.range(skip..).rev().find(|e| e.record.header.range().overlaps(range));
-        changed.map(|e| e.record.seq())
+        let is_seen = |e: &&Entry| match e.record.header.kind {
+            RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => e.record.header.range().overlaps(range),
+            RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => true,
+        };
+        self.entries.range(skip..).rev().find(is_seen).map(|e| e.record.seq())
     }
 
     /// The last record up to `until` that changes a byte of `range`.
@@ -121,11 +125,27 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::{Epoch, Position, RecordKind};
+    use protocol::{Epoch, Position};
 
     fn write(seq: u64, offset: u64) -> Record {
         let position = Position { epoch: Epoch(1), seq: Seq(seq) };
         Record::new(position, RecordKind::Write, ByteRange { offset, length: 4096 }, vec![0; 4096].into())
+    }
+
+    #[test]
+    fn a_look_comes_after_what_changes_its_range_and_after_what_is_of_no_range() {
+        let mut log = Log::new(Seq(10));
+        let looked_at = ByteRange { offset: 4096, length: 4096 };
+        log.push(write(11, 4096), Time::ZERO);
+        log.push(write(12, 0), Time::ZERO);
+        assert_eq!(log.last_to_be_seen(Seq(10), looked_at), Some(Seq(11)));
+        assert_eq!(log.last_to_be_seen(Seq(11), looked_at), None, "it is behind that already");
+        let position = Position { epoch: Epoch(1), seq: Seq(13) };
+        let nowhere = ByteRange { offset: 0, length: 0 };
+        log.push(Record::new(position, RecordKind::Resize, nowhere, vec![0; 8].into()), Time::ZERO);
+        log.push(write(14, 8192), Time::ZERO);
+        assert_eq!(log.last_to_be_seen(Seq(11), looked_at), Some(Seq(13)), "it may be of what the volume grew by");
+        assert_eq!(log.last_to_be_seen(Seq(14), looked_at), None);
     }
 
     #[test]

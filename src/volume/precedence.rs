@@ -41,15 +41,15 @@ impl<T> Volume<T> {
         self.peers[peer].take(log, bytes_max)
     }
 
-    /// Behind which record a member must do a read of `range`: the last that changes any of its blocks, if that was not
-    /// sent yet. A read of something else need not wait for records that are held back.
+    /// Behind which record a member must do a read of `range` to show what it would behind all that were given out: the
+    /// last that changes any of its blocks, if that was not sent yet. So it need not wait for records that are held back.
     pub(super) fn read_after(&self, peer: PeerId, range: ByteRange) -> Seq {
         let Some(log) = &self.log else { return Seq(0) };
         let sent = self.peers[peer].sent();
         if log.last().ahead_of(sent) > LOOKED_AT_MAX {
             return log.last();
         }
-        log.last_change_after(sent, range.aligned(BLOCK_BYTES)).unwrap_or(sent.min(log.last()))
+        log.last_to_be_seen(sent, range.aligned(BLOCK_BYTES)).unwrap_or(sent.min(log.last()))
     }
 
     fn held_back_until(&self, peer: PeerId, at: &Peer) -> Option<Time> {

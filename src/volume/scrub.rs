@@ -1,6 +1,6 @@
 //! Scrub: all of a volume is read at all members, chunk by chunk, while clients work, and compared.
 //!
-//! Each member in force is asked for what its disk holds of a chunk, behind the same record of the order. As replicas apply
+//! Each member in force is asked for what its disk holds of a chunk, behind the same record of those that change it. As replicas apply
 //! no later record to the chunk before they have looked, all of them look at the same state, and a difference is a fault. A
 //! copy that does not match its checksum, cannot be read, or differs from what most sound copies say is repaired from one of
 //! these, and the chunk is looked at again until that shows. Where two sound copies differ nobody guesses.
@@ -206,7 +206,8 @@ impl<T> Volume<T> {
         for range in due {
             let id = self.reads.id();
             for member in &members {
-                self.peers[*member].ask(last, last, id, ReadKind::Scrub, range);
+                let after = self.read_after(*member, range);
+                self.peers[*member].ask(after, last, id, ReadKind::Scrub, range);
             }
             if let Some(scrub) = &mut self.scrub {
                 scrub.chunks.asked(range.offset, id, &members, last, is_whole);

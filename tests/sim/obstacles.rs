@@ -1,6 +1,6 @@
 //! Stories of what comes in the way of a replica on its way back: growth, bad blocks, members that hang, lateness.
 
-use nbdcast::volume::{Command, StartRefusal};
+use nbdcast::volume::{Command, Notice, ReadSpread, StartRefusal};
 use protocol::AckPolicy;
 
 use crate::oracle::payload;
@@ -78,6 +78,20 @@ fn a_replica_that_begins_to_follow_behind_a_resize_that_is_not_acknowledged_has_
     w.everyone_is_back(0);
     w.settle_and_compare();
     assert_eq!(w.sizes(), [GROWN; 3]);
+}
+
+#[test]
+fn what_a_volume_has_grown_by_can_be_read_at_members_that_do_not_know_of_it_yet() {
+    for seed in 700..720 {
+        let mut w = serving(Setup { read: ReadSpread::Multicast, ..wide(seed, AckPolicy::First) });
+        w.order(0, Command::Resize { size_bytes: GROWN });
+        assert!(w.run_until(LONG, |w| w.engines[0].volume.size_bytes() == GROWN));
+        let token = w.prefetch(0, 39 * SECTORS, SECTORS);
+        w.done(0, token);
+        w.run_for(ms(100));
+        let lost = w.notices.iter().find(|n| matches!(n, Notice::Lost { .. } | Notice::Refuses { .. }));
+        assert_eq!(lost, None, "seed {seed}: a member was asked for what lies behind its end");
+    }
 }
 
 #[test]
