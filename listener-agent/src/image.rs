@@ -75,14 +75,9 @@ pub struct Verified {
     pub crc: u32,
 }
 
-/// What was found of blocks that a write covers in part.
-#[derive(Default)]
-struct Edges {
-    /// Some are bad, and stay so.
-    is_broken: bool,
-    /// Of these the disk reports an error.
-    unreadable: Vec<u64>,
-}
+/// What is stored for a block that is known to be bad: nothing that it holds is to be believed until all of it is written,
+/// whatever a crash leaves of image and checksums. A good block may have this checksum too; it is good if it matches.
+const KNOWN_BAD: u32 = u32::MAX;
 
 /// The image with its checksums.
 #[derive(Clone)]
@@ -172,67 +167,59 @@ impl Image {
         }
     }
 
-    /// Puts `data`, of which `change` says what it does to checksums.
+    /// Puts `data`, of which `change` says what it does to checksums. A block that it covers in part and that is bad stays
+    /// as it is, known to be bad: what a part of it would hold is of no use, and might pass for good after a crash.
     fn write(&self, offset: u64, data: &[u8], change: Change, trust: Trust) -> io::Result<()> {
+        let (mut from, mut to) = (offset, offset + data.len() as u64);
         let whole = ByteRange { offset, length: data.len() as u64 }.aligned(BLOCK_BYTES);
-        let mut edges = Edges::default();
-        let checksums = change.checksums(whole.offset, |edge, put| self.change_edge(edge, put, trust, &mut edges))?;
-        if edges.unreadable.is_empty() {
-            self.image.write_at(offset, data)?;
-            return self.store_checksums(whole, &checksums, edges.is_broken);
+        let checksums = change.checksums(whole.offset, |edge, put| {
+            let checksum = self.change_edge(edge, put, trust)?;
+            if checksum.is_none() {
+                self.mark_bad(edge)?;
+                // The first block, or the last, or both in one.
+                if edge <= from {
+                    from = edge + BLOCK_BYTES;
+                } else {
+                    to = edge;
+                }
+            }
+            io::Result::Ok(checksum.unwrap_or(KNOWN_BAD))
+        })?;
+        if from < to {
+            self.image.write_at(from, &data[(from - offset) as usize..(to - offset) as usize])?;
         }
-        // A part of such a block cannot be written, and written whole it can be read again: it must be known to be bad
-        // before, whatever happens in between.
-        self.store_checksums(whole, &checksums, true)?;
-        self.checksums.sync_written()?;
-        for edge in edges.unreadable {
-            let mut block = [0; BLOCK];
-            let start = offset.max(edge);
-            let end = (offset + data.len() as u64).min(edge + BLOCK_BYTES);
-            let part = &data[(start - offset) as usize..(end - offset) as usize];
-            block[(start - edge) as usize..(end - edge) as usize].copy_from_slice(part);
-            self.image.write_at(edge, &block)?;
-        }
-        self.image.write_at(offset, data)
+        let bytes: Vec<u8> = checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
+        self.checksums.write_at(checksums_of(whole).offset, &bytes)
     }
 
-    /// The checksum of a block after it was changed in part. One that cannot be read counts as zeroes that are bad.
-    fn change_edge(
-        &self,
-        edge: u64,
-        put: &dyn Fn(&[u8]) -> PartChange,
-        trust: Trust,
-        found: &mut Edges,
-    ) -> io::Result<u32> {
+    /// The checksum of a block after it was changed in part, or `None` for one that is bad.
+    fn change_edge(&self, edge: u64, put: &dyn Fn(&[u8]) -> PartChange, trust: Trust) -> io::Result<Option<u32>> {
         let mut block = [0; BLOCK];
-        // Some errors pass; what a block held besides is given up only for one that does not.
+        // Some errors pass; what a block held is given up only for one that does not.
         let read = self.image.read_at(edge, &mut block).or_else(|_| self.image.read_at(edge, &mut block));
-        let is_unreadable = read.is_err();
-        if is_unreadable {
-            block.fill(0);
-            found.unreadable.push(edge);
+        if read.is_err() {
+            return Ok(None);
         }
         let PartChange { before, after } = put(&block);
-        let is_broken = is_unreadable || {
-            let stored = self.stored(edge, 1)?[0];
-            match trust {
-                Trust::Verified => stored != before,
-                // Only what was found bad in service is known to be bad.
-                Trust::InDoubt => stored == !before,
-            }
+        let stored = self.stored(edge, 1)?[0];
+        let is_bad = match trust {
+            Trust::Verified => stored != before,
+            // Only what was found bad in service is known to be bad.
+            Trust::InDoubt => stored == KNOWN_BAD && before != KNOWN_BAD,
         };
-        found.is_broken |= is_broken;
-        // A block that was bad before a partial write is still bad after it: keep it from passing, also through a replay,
-        // which knows it again by this very value.
-        Ok(if is_broken { !after } else { after })
+        Ok((!is_bad).then_some(after))
     }
 
-    fn store_checksums(&self, blocks: ByteRange, checksums: &[u32], is_broken: bool) -> io::Result<()> {
-        let bytes: Vec<u8> = checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
-        let range = checksums_of(blocks);
-        self.checksums.write_at(range.offset, &bytes)?;
-        // The journal cannot tell which blocks were bad when the process died.
-        if is_broken { self.checksums.write_back_in(range) } else { Ok(()) }
+    /// Makes it known, durably, that a block is bad: the journal cannot tell that when the process died.
+    fn mark_bad(&self, block: u64) -> io::Result<()> {
+        if self.stored(block, 1)?[0] == KNOWN_BAD {
+            return Ok(());
+        }
+        let at = checksums_of(ByteRange { offset: block, length: BLOCK_BYTES });
+        self.checksums.write_at(at.offset, &KNOWN_BAD.to_le_bytes())?;
+        self.checksums.write_back_in(at)?;
+        // A sync that finds no space has lost something all the same: it cannot be tried again.
+        self.sync().map_err(io::Error::other)
     }
 
     fn zero(&self, range: ByteRange, keep_allocated: bool, trust: Trust) -> io::Result<()> {

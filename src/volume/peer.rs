@@ -331,7 +331,7 @@ impl Peer {
 
     /// Whether a message waits for records that were not sent.
     pub(super) fn needs_records(&self) -> bool {
-        self.queued.back().is_some_and(|q| q.after > self.sent)
+        self.queued.iter().any(|q| q.after > self.sent)
     }
 
     /// Whether [`Peer::take`] would give anything.

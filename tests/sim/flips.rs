@@ -189,6 +189,7 @@ fn whichever_frame_changes_nothing_is_lost() {
             w.run_for(ms(3));
         }
         tokens.into_iter().for_each(|token| drop(w.done(0, token)));
+        assert!(w.run_until(LONG, |w| w.unreadable_frames == 1), "seed {seed}: no frame was changed");
         w.ends_well();
         assert_eq!(w.unreadable_frames, 1);
     }

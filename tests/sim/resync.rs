@@ -230,7 +230,8 @@ fn copying_waits_until_no_later_engine_can_overlook_that_it_began() {
         w.run_for(ms(1500));
         let e = w.next_engine();
         assert!(w.run_until(LONG, |w| w.view(e) == "b c d"));
-        assert!(w.copied_bytes <= 8 * UNIT, "{} units", w.copied_bytes / UNIT);
+        // What was changed while it was away, and what b and c had not got of the units before; not all 32.
+        assert!(w.copied_bytes <= 16 * UNIT, "{} units", w.copied_bytes / UNIT);
         w.start_agent(0);
         w.everyone_is_back(e);
         w.settle_and_compare();

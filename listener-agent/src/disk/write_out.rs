@@ -50,23 +50,25 @@ impl WriteOut {
 
 /// Has the system write what it caches of a range, and waits for that.
 fn write_out(file: &File, range: ByteRange) -> io::Result<()> {
+    let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    match sync_file_range(file, range, how) {
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => write_out(file, range),
+        // Not a file that can be written out in parts, or a system without this call: the sync does it all. Asked for
+        // nothing, the call tells that and nothing of what was lost.
+        Err(_) if sync_file_range(file, range, 0).is_err() => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn sync_file_range(file: &File, range: ByteRange, how: libc::c_uint) -> io::Result<()> {
     let (Ok(offset), Ok(length)) = (range.offset.try_into(), range.length.try_into()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     // No crate offers this call without `unsafe`.
     #[allow(unsafe_code)]
     // SAFETY: numbers only, no memory; the descriptor is open as long as `file` is borrowed.
     let outcome = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, how) };
-    match outcome {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            e if e.kind() == io::ErrorKind::Interrupted => write_out(file, range),
-            // Not a file that can be written out in parts, or a system without this call: the sync does it all.
-            e if matches!(e.raw_os_error(), Some(libc::ESPIPE | libc::EINVAL | libc::ENOSYS)) => Ok(()),
-            e => Err(e),
-        },
-    }
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

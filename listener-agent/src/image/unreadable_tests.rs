@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
-use protocol::checksum::stored_block_checksum;
 use protocol::{Epoch, Position, Seq};
 
 use super::*;
@@ -125,10 +124,12 @@ fn a_write_of_part_of_an_unreadable_block_leaves_it_bad_also_after_a_replay() {
         let f = with_bad(&[8192]);
         let partial = write(8000, &[2; 1000]);
         f.image.apply(&partial, trust).unwrap();
-        assert_eq!(read(&f, 8192, 4096), ReadOutcome::ChecksumMismatch { offset: 8192 });
+        assert_eq!(read(&f, 8192, 4096), ReadOutcome::Unreadable { offset: 8192 });
         assert!(matches!(read(&f, 0, 8192), ReadOutcome::Data { .. }), "its neighbour took the write");
 
+        // The disk can read it again, and has what was there before.
         let f = die(f);
+        f.file.bad.lock().unwrap().clear();
         for record in [partial, write(12_000, &[3; 1000])] {
             f.image.apply(&record, Trust::InDoubt).unwrap();
             assert_eq!(read(&f, 8192, 4096), ReadOutcome::ChecksumMismatch { offset: 8192 });
@@ -139,15 +140,22 @@ fn a_write_of_part_of_an_unreadable_block_leaves_it_bad_also_after_a_replay() {
 }
 
 #[test]
-fn a_block_is_known_to_be_bad_before_it_can_be_read_again() {
-    let f = with_bad(&[8192]);
-    // The process dies between the checksum and the block.
-    let partial = write(8192, &[2; 1000]);
-    let mut composed = vec![0; BLOCK];
-    composed[..1000].fill(2);
-    let bad = !stored_block_checksum(&composed);
-    f.image.store_checksums(ByteRange { offset: 8192, length: 4096 }, &[bad], true).unwrap();
-    let f = die(f);
-    f.image.apply(&partial, Trust::InDoubt).unwrap();
-    assert_eq!(read(&f, 8192, 4096), ReadOutcome::ChecksumMismatch { offset: 8192 });
+fn a_block_that_is_known_to_be_bad_is_so_whatever_a_crash_leaves_of_it() {
+    let f = with_bad(&[]);
+    // It rots, and is found to be bad by a write of a part.
+    f.file.write_at(8192, &[9; 7]).unwrap();
+    f.image.apply(&write(8192, &[2; 1000]), Trust::Verified).unwrap();
+    // A crash leaves any state of it; records before and after are replayed.
+    for content in [[1; BLOCK], [2; BLOCK], [0; BLOCK]] {
+        f.file.write_at(8192, &content).unwrap();
+        let f = Fixture {
+            image: Image::of(f.file.clone(), Arc::new(file(&f.dir, "c"))),
+            file: f.file.clone(),
+            dir: tempfile::tempdir().unwrap(),
+        };
+        for record in [write(8192, &[2; 1000]), write(8200, &[5; 100])] {
+            f.image.apply(&record, Trust::InDoubt).unwrap();
+            assert_eq!(read(&f, 8192, 4096), ReadOutcome::ChecksumMismatch { offset: 8192 });
+        }
+    }
 }
