@@ -112,6 +112,6 @@ fn work(replica: &mut Replica, now: Duration, outcomes: u8) {
         replica.fetch_done(&job, Vec::new());
     }
     if let Some(job) = replica.next_extend() {
-        replica.extend_done(job, outcome(2).map_err(|_| "no room".to_owned()));
+        replica.extend_done(job, outcome(2).map_err(|error| (error, "no room".to_owned())));
     }
 }

@@ -61,6 +61,12 @@ pub fn prepare_image(image: &Image, job: &MetadataJob) -> Result<(), MetadataErr
     image.sync().map_err(fatal)
 }
 
+/// Makes room for a volume of `size_bytes`, durably.
+pub fn extend(image: &Image, size_bytes: u64) -> Result<(), MetadataError> {
+    image.extend(size_bytes).map_err(|cause| MetadataError { error: JobError::NoSpace, cause })?;
+    image.sync().map_err(fatal)
+}
+
 /// The second step: the pages that the superblock will count on.
 pub fn write_pages(files: &ReplicaFiles, job: &MetadataJob) -> Result<(), MetadataError> {
     for page in &job.dirty_pages {

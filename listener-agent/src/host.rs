@@ -416,7 +416,7 @@ fn serve_reads(shared: &Shared) {
                 shared.change(|r, _| r.fetch_done(&job, records));
             }
             ReadWork::Room(job) => {
-                let outcome = shared.image.extend(job.size_bytes).map_err(|e| e.to_string());
+                let outcome = carry_out::extend(&shared.image, job.size_bytes).map_err(|e| (e.error, e.to_string()));
                 shared.change(|r, _| r.extend_done(job, outcome));
             }
         }

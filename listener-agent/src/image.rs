@@ -13,8 +13,8 @@
 //! [`crate::replica::Replica::next_apply`]); each block's bytes and checksum then always match unless the disk lied.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use protocol::extents::Extent;
@@ -87,6 +87,7 @@ pub struct Image {
     /// A sync failed: the system may have thrown away what was written since the one before. The journal has it, and the
     /// replay after a restart repairs it; until then no block is called bad for that.
     sync_failed: Arc<AtomicBool>,
+    syncing: Arc<Mutex<()>>,
 }
 
 impl Image {
@@ -99,14 +100,13 @@ impl Image {
     /// As [`Image::new`], with nothing but the two files.
     pub(crate) fn of(image: Arc<dyn RawFile>, checksums: Arc<dyn RawFile>) -> Image {
         let checksums = Arc::new(WriteBack::new(checksums, CHECKSUM_PAGES_MAX));
-        Image { image, checksums, sync_failed: Arc::default() }
+        Image { image, checksums, sync_failed: Arc::default(), syncing: Arc::default() }
     }
 
-    /// Makes room for a volume of `size_bytes`, durably. Changes no byte that is there.
+    /// Makes room for a volume of `size_bytes`; durable after an [`Image::sync`]. Changes no byte that is there.
     pub fn extend(&self, size_bytes: u64) -> io::Result<()> {
         self.image.grow(size_bytes)?;
-        self.checksums.grow(checksum_file_bytes(size_bytes))?;
-        self.sync()
+        self.checksums.grow(checksum_file_bytes(size_bytes))
     }
 
     /// Makes a volume of `from` bytes one of `to` bytes, the new ones zero: whatever lies there is of another history, or
@@ -142,6 +142,11 @@ impl Image {
 
     /// Makes everything durable that was applied before the last [`Image::write_back`] began.
     pub fn sync(&self) -> io::Result<()> {
+        // The system tells of a loss once: whoever syncs at the same time, or later, must hear of it too.
+        let _syncing = self.syncing.lock().expect("no thread panicked with the lock");
+        if self.sync_failed.load(Ordering::SeqCst) {
+            return Err(io::Error::other("a sync failed before"));
+        }
         let outcome = self.image.sync().and_then(|()| self.checksums.sync_written());
         self.sync_failed.fetch_or(outcome.is_err(), Ordering::SeqCst);
         outcome

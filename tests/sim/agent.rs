@@ -347,7 +347,7 @@ impl World {
             }
             Job::Fetch(job) => process.replica.fetch_done(&job, fetch(&agent.disk, &job)),
             Job::Extend(job) => {
-                let outcome = process.image.extend(job.size_bytes).map_err(|e| e.to_string());
+                let outcome = carry_out::extend(&process.image, job.size_bytes).map_err(|e| (e.error, e.to_string()));
                 process.replica.extend_done(job, outcome);
             }
         }

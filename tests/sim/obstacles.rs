@@ -2,6 +2,7 @@
 
 use nbdcast::volume::{Command, Notice, ReadSpread, StartRefusal};
 use protocol::AckPolicy;
+use protocol::message::Condition;
 
 use crate::oracle::payload;
 use crate::scenario::{LONG, serving};
@@ -174,5 +175,23 @@ fn a_member_that_is_there_after_all_is_not_given_up() {
         w.pump_engine(e);
         assert!(w.run_until(LONG, |w| w.engines[e].is_serving()));
         assert_eq!(w.read_now(e, 0, 8), payload(token, 0, 8), "seed {seed}: what it alone held is lost");
+    }
+}
+
+#[test]
+fn a_sync_that_fails_while_room_is_made_takes_the_replica_out_of_service() {
+    for seed in 7000..7040 {
+        let mut w = serving(wide(seed, AckPolicy::All));
+        (0..8).for_each(|unit| w.put(0, unit));
+        w.run_for(ms(100));
+        w.agents[1].disk.fail_next_image_sync();
+        w.order(0, Command::Resize { size_bytes: GROWN });
+        let is_poisoned = |w: &World| w.agents[1].replica().condition() == Condition::Poisoned;
+        assert!(w.run_until(ms(1000), is_poisoned), "what was applied before may be lost");
+        (0..8).for_each(|unit| w.put(0, unit));
+        w.kill_agent(1, false);
+        w.start_agent(1);
+        w.everyone_is_back(0);
+        w.settle_and_compare();
     }
 }

@@ -9,7 +9,7 @@ use protocol::message::{Begin, Copy};
 use protocol::{BLOCK_BYTES, Epoch, ReplicaName, Seq, ToEngine};
 
 use super::dirty::{self, DirtyMaps};
-use super::jobs::{ExtendJob, Growth, MetadataJob, Purpose};
+use super::jobs::{ExtendJob, Growth, JobError, MetadataJob, Purpose};
 use super::{PENDING_BYTES_MAX, Replica, SessionId};
 use crate::image::is_size_allowed;
 use crate::superblock::{JournalTail, Superblock, TRACKED_MAX};
@@ -201,10 +201,13 @@ impl Replica {
         self.extends.pop_front()
     }
 
-    /// Room was made durably, or why not.
-    pub fn extend_done(&mut self, job: ExtendJob, outcome: Result<(), String>) {
+    /// Room was made durably, or why not. Where a sync failed, what was applied before may be lost with it.
+    pub fn extend_done(&mut self, job: ExtendJob, outcome: Result<(), (JobError, String)>) {
+        if matches!(outcome, Err((JobError::Failed, _))) {
+            return self.poison();
+        }
         if self.current == Some(job.session) {
-            let refused = outcome.err().unwrap_or_default();
+            let refused = outcome.err().map(|(_, text)| text).unwrap_or_default();
             self.outbox.push_back((job.session, ToEngine::Extended { size_bytes: job.size_bytes, refused }));
         }
     }

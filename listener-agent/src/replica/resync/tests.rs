@@ -384,7 +384,7 @@ fn room_is_made_or_refused_in_words() {
     say(&mut r, ToAgent::Extend { size_bytes: SIZE + 1 });
     say(&mut r, ToAgent::Extend { size_bytes: 2 * SIZE });
     let job = r.next_extend().unwrap();
-    r.extend_done(job, Err("the device is full".to_owned()));
+    r.extend_done(job, Err((JobError::NoSpace, "the device is full".to_owned())));
     let refused: Vec<String> = said(&mut r)
         .into_iter()
         .filter_map(|(_, m)| if let ToEngine::Extended { refused, .. } = m { Some(refused) } else { None })
