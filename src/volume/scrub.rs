@@ -2,8 +2,8 @@
 //!
 //! Each member in force is asked for what its disk holds of a chunk, behind the same record of those that change it. As replicas apply
 //! no later record to the chunk before they have looked, all of them look at the same state, and a difference is a fault. A
-//! copy that does not match its checksum, cannot be read, or differs from what most sound copies say is repaired from one of
-//! these, and the chunk is looked at again until that shows. Where two sound copies differ nobody guesses.
+//! copy that does not match its checksum or cannot be read is repaired from a sound one, one that differs from what a majority of
+//! the members in force says from one of these, and the chunk is looked at again until that shows. Else nobody guesses.
 //!
 //! One scrub at a time. It slows down for clients as a resync does, waits while a replica is brought back, and for a
 //! while for a member that is out of reach. Knows no calendar and keeps nothing over a restart: whoever commands it does.
@@ -149,16 +149,14 @@ impl<T> Volume<T> {
         }
     }
 
-    /// Members in force that can be asked, and whether these are all.
-    fn scrub_members(&self) -> (Vec<PeerId>, bool) {
-        let Some(membership) = &self.membership else { return (Vec::new(), false) };
+    /// Members in force that can be asked, and how many there are in force.
+    fn scrub_members(&self) -> (Vec<PeerId>, usize) {
+        let Some(membership) = &self.membership else { return (Vec::new(), 0) };
         let can = |id: &PeerId| {
             let peer = &self.peers[*id];
             peer.is_ready_member() && membership.in_force.contains(&peer.name)
         };
-        let members: Vec<PeerId> = (0..self.peers.len()).filter(can).collect();
-        let is_whole = members.len() == membership.in_force.len();
-        (members, is_whole)
+        ((0..self.peers.len()).filter(can).collect(), membership.in_force.len())
     }
 
     fn look_for_absent(&mut self, now: Time) {
@@ -201,7 +199,7 @@ impl<T> Volume<T> {
         if due.is_empty() {
             return;
         }
-        let (members, is_whole) = self.scrub_members();
+        let (members, in_force) = self.scrub_members();
         let last = self.log.as_ref().map_or(Seq(0), Log::last);
         for range in due {
             let id = self.reads.id();
@@ -210,7 +208,7 @@ impl<T> Volume<T> {
                 self.peers[*member].ask(after, last, id, ReadKind::Scrub, range);
             }
             if let Some(scrub) = &mut self.scrub {
-                scrub.chunks.asked(range.offset, id, &members, last, is_whole);
+                scrub.chunks.asked(range.offset, id, &members, last, in_force);
             }
         }
     }

@@ -187,6 +187,29 @@ fn what_one_of_three_says_alone_is_named_and_overruled() {
 }
 
 #[test]
+fn a_majority_of_those_in_reach_does_not_overrule_who_is_away() {
+    let long = ms(600_000);
+    let setup = Setup { replicas: 4, lag_max: long, freeze: long, ..Setup::quiet(3012, AckPolicy::First) };
+    let mut w = serving(setup);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    [1, 2].into_iter().for_each(|agent| forge(&mut w, agent, 3));
+    w.kill_agent(3, false);
+    w.run_for(ms(100));
+    let found = w.scrub_all(0);
+    assert_eq!((found.differing_blocks, found.repaired_blocks, found.unrepaired_blocks), (1, 0, 1));
+    assert_eq!(found.incomplete_bytes, w.setup.size_bytes);
+    assert_eq!(found_of(&w), [], "nobody is called wrong");
+    let ties = w.notices.iter().filter(|n| **n == Notice::NoMajority { offset: 3 * 4096 }).count();
+    assert_eq!(ties, 1);
+    let block = |w: &World, agent: usize| w.agents[agent].disk.image.content()[3 * 4096..4 * 4096].to_vec();
+    assert_ne!(block(&w, 0), block(&w, 1), "what a and d hold is not overwritten");
+    assert_eq!(block(&w, 0), block(&w, 3));
+    w.start_agent(3);
+    let found = w.scrub_all(0);
+    assert_eq!((found.differing_blocks, found.unrepaired_blocks), (1, 1), "two against two");
+}
+
+#[test]
 fn flipped_bits_are_found_and_repaired_wherever_they_are() {
     let mut w = serving(Setup::quiet(3010, AckPolicy::First));
     let write = w.write(0, 0, 256, false);

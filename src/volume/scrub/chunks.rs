@@ -29,8 +29,27 @@ enum Look {
         missing: BTreeSet<PeerId>,
         answers: BTreeMap<PeerId, Vec<BlockFound>>,
         seen: Seq,
-        is_whole: bool,
+        /// Members in force, whether they were asked or not.
+        in_force: usize,
+        /// Somebody who was asked does not answer.
+        is_lost: bool,
     },
+}
+
+/// What members said of a chunk.
+#[derive(Debug)]
+struct Answers {
+    of: BTreeMap<PeerId, Vec<BlockFound>>,
+    seen: Seq,
+    in_force: usize,
+    is_lost: bool,
+}
+
+impl Answers {
+    /// Whether all members in force have answered.
+    fn is_whole(&self) -> bool {
+        !self.is_lost && self.of.len() >= self.in_force
+    }
 }
 
 #[derive(Debug)]
@@ -132,11 +151,11 @@ impl Chunks {
         self.under_way.values().filter(is_due).map(|c| c.range).collect()
     }
 
-    /// These members were asked under this number, behind the record `seen`; `is_whole` if no member is missing among them.
-    pub(super) fn asked(&mut self, offset: u64, read: u64, members: &[PeerId], seen: Seq, is_whole: bool) {
+    /// These members of so many `in_force` were asked under this number, behind the record `seen`.
+    pub(super) fn asked(&mut self, offset: u64, read: u64, members: &[PeerId], seen: Seq, in_force: usize) {
         if let Some(chunk) = self.under_way.get_mut(&offset) {
             let missing = members.iter().copied().collect();
-            chunk.look = Look::Asked { read, missing, answers: BTreeMap::new(), seen, is_whole };
+            chunk.look = Look::Asked { read, missing, answers: BTreeMap::new(), seen, in_force, is_lost: false };
         }
     }
 
@@ -158,24 +177,25 @@ impl Chunks {
         let asked = |c: &&mut Chunk| matches!(c.look, Look::Asked { read: asked, .. } if asked == read);
         let chunk = self.under_way.values_mut().find(asked)?;
         let blocks = (chunk.range.length / BLOCK_BYTES) as usize;
-        let Look::Asked { missing, answers, seen, is_whole, .. } = &mut chunk.look else { return None };
+        let Look::Asked { missing, answers, seen, in_force, is_lost, .. } = &mut chunk.look else { return None };
         missing.remove(&peer);
         match found.filter(|found| found.len() == blocks) {
             Some(found) => _ = answers.insert(peer, found),
-            None => *is_whole = false,
+            None => *is_lost = true,
         }
         if !missing.is_empty() {
             return None;
         }
-        let (answers, seen, is_whole) = (std::mem::take(answers), *seen, *is_whole);
+        let answers =
+            Answers { of: std::mem::take(answers), seen: *seen, in_force: *in_force, is_lost: *is_lost };
         let offset = chunk.range.offset;
-        let looked = chunk.looked(now, &answers, seen, is_whole);
+        let looked = chunk.looked(now, &answers);
         if let Some(chunk) = self.under_way.get(&offset)
             && !matches!(chunk.look, Look::Due { .. })
         {
             let still: BTreeSet<(usize, PeerId)> =
                 looked.faults.iter().flat_map(|f| f.bad.iter().map(|(peer, _)| (f.index, *peer))).collect();
-            self.found.add(chunk, &answers, &still);
+            self.found.add(chunk, &answers.of, &still);
             self.under_way.remove(&offset);
         }
         Some(looked)
@@ -183,28 +203,32 @@ impl Chunks {
 }
 
 impl Chunk {
-    fn looked(&mut self, now: Time, answers: &BTreeMap<PeerId, Vec<BlockFound>>, seen: Seq, is_whole: bool) -> Looked {
-        let faults = compare(answers);
+    fn looked(&mut self, now: Time, answers: &Answers) -> Looked {
+        let faults = compare(&answers.of, answers.in_force);
+        self.looks += 1;
+        self.lost += u32::from(answers.is_lost);
+        self.is_incomplete = !answers.is_whole();
+        let can_be_repaired = faults.iter().any(|f| f.good.is_some());
+        if can_be_repaired && self.looks < LOOKS_MAX {
+            self.look = Look::Due { at: now + LOOK_AGAIN_FIRST * 2_u32.pow(self.looks - 1) };
+        } else if answers.is_lost && self.lost < LOST_MAX {
+            self.look = Look::Due { at: now + LOST_PAUSE };
+        }
+        // Whoever did not answer may yet make a majority of what is a tie without it.
+        let is_open = self.is_incomplete && matches!(self.look, Look::Due { .. });
         let mut ties = Vec::new();
         for fault in &faults {
             self.bad.extend(fault.bad.iter().map(|(peer, what)| ((fault.index, *peer), *what)));
-            let is_news = fault.good.is_none() && self.hopeless.insert(fault.index, fault.is_tie).is_none();
-            if is_news && fault.is_tie {
-                ties.push(self.range.offset + fault.index as u64 * BLOCK_BYTES);
+            if fault.good.is_none() && !(fault.is_tie && is_open) {
+                let before = self.hopeless.insert(fault.index, fault.is_tie);
+                if fault.is_tie && before != Some(true) {
+                    ties.push(self.range.offset + fault.index as u64 * BLOCK_BYTES);
+                }
             }
         }
         // What somebody overwrote since is in order now.
         self.hopeless.retain(|index, _| faults.iter().any(|f| f.index == *index && f.good.is_none()));
-        self.looks += 1;
-        self.lost += u32::from(!is_whole);
-        self.is_incomplete = !is_whole;
-        let can_be_repaired = faults.iter().any(|f| f.good.is_some());
-        if can_be_repaired && self.looks < LOOKS_MAX {
-            self.look = Look::Due { at: now + LOOK_AGAIN_FIRST * 2_u32.pow(self.looks - 1) };
-        } else if !is_whole && self.lost < LOST_MAX {
-            self.look = Look::Due { at: now + LOST_PAUSE };
-        }
-        Looked { range: self.range, faults, seen, ties }
+        Looked { range: self.range, faults, seen: answers.seen, ties }
     }
 }
 
@@ -248,9 +272,14 @@ mod tests {
 
     /// Looks at a chunk of one block when that is due; members 0, 1, ... find this.
     fn look(chunks: &mut Chunks, now: Time, found: &[Option<BlockFound>]) -> Looked {
+        look_of(chunks, now, found.len(), found)
+    }
+
+    /// The same, when so many members are in force.
+    fn look_of(chunks: &mut Chunks, now: Time, in_force: usize, found: &[Option<BlockFound>]) -> Looked {
         let due = chunks.due(now);
         let members: Vec<PeerId> = (0..found.len()).collect();
-        chunks.asked(due[0].offset, 9, &members, Seq(5), true);
+        chunks.asked(due[0].offset, 9, &members, Seq(5), in_force);
         let mut looked = None;
         for (peer, found) in found.iter().enumerate() {
             assert!(looked.is_none() && chunks.waits_for(9, peer));
@@ -271,7 +300,7 @@ mod tests {
         assert_eq!((chunks.position(), chunks.is_done()), (0, false));
         let blocks = |bytes: u64| Some(vec![SOUND; (bytes / BLOCK_BYTES) as usize]);
         for (read, offset) in [(1, 0), (2, CHUNK_BYTES), (3, 2 * CHUNK_BYTES)] {
-            chunks.asked(offset, read, &[0, 1], Seq(5), true);
+            chunks.asked(offset, read, &[0, 1], Seq(5), 2);
         }
         for (read, bytes, position) in
             [(2, CHUNK_BYTES, 0), (1, CHUNK_BYTES, 2 * CHUNK_BYTES), (3, BLOCK_BYTES, 2 * CHUNK_BYTES + BLOCK_BYTES)]
@@ -343,10 +372,46 @@ mod tests {
     }
 
     #[test]
+    fn a_member_that_was_not_asked_makes_a_chunk_incomplete_at_once() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(BLOCK_0, ms(0));
+        look_of(&mut chunks, ms(0), 2, &[Some(SOUND)]);
+        assert!(chunks.is_done(), "it was waited for before");
+        assert_eq!(chunks.found(), ScrubFound { incomplete_bytes: BLOCK_BYTES, ..ScrubFound::default() });
+    }
+
+    #[test]
+    fn a_tie_is_none_before_whoever_did_not_answer_was_asked_again() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(BLOCK_0, ms(0));
+        let first = look(&mut chunks, ms(0), &[None, Some(SOUND), Some(OTHER)]);
+        assert!(first.ties.is_empty() && first.faults[0].is_tie && !chunks.is_done());
+        let second = look(&mut chunks, ms(500), &[Some(SOUND), Some(SOUND), Some(OTHER)]);
+        assert_eq!(second.faults[0].bad, [(2, Damage::Differs)]);
+        look(&mut chunks, ms(2000), &[Some(SOUND); 3]);
+        let found = chunks.found();
+        assert_eq!((found.differing_blocks, found.repaired_blocks, found.unrepaired_blocks), (1, 1, 0));
+    }
+
+    #[test]
+    fn a_tie_without_a_member_that_never_answers_is_told_once() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(BLOCK_0, ms(0));
+        let mut told = Vec::new();
+        for attempt in 0..u64::from(LOST_MAX) {
+            told.extend(look(&mut chunks, ms(attempt * 500), &[None, Some(SOUND), Some(OTHER)]).ties);
+        }
+        assert_eq!(told, [0]);
+        let found = chunks.found();
+        let counts = (found.differing_blocks, found.unrepaired_blocks, found.incomplete_bytes);
+        assert_eq!((chunks.is_done(), counts), (true, (1, 1, BLOCK_BYTES)));
+    }
+
+    #[test]
     fn an_answer_of_another_length_is_none() {
         let mut chunks = chunks(BLOCK_BYTES);
         chunks.begin(BLOCK_0, ms(0));
-        chunks.asked(0, 9, &[0], Seq(5), true);
+        chunks.asked(0, 9, &[0], Seq(5), 1);
         chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
         assert!(!chunks.is_done(), "it is asked again");
     }

@@ -14,19 +14,20 @@ pub(super) struct Fault {
     pub(super) index: usize,
     /// Members whose copy is not to be believed.
     pub(super) bad: Vec<(PeerId, Damage)>,
-    /// A member whose copy is, if any is: sound, and what most sound copies say.
+    /// A member whose copy is, if any is: sound, and what all sound copies say, or a majority.
     pub(super) good: Option<PeerId>,
-    /// Sound copies differ, and none has a majority.
+    /// Sound copies differ, and none has a majority of the members in force.
     pub(super) is_tie: bool,
 }
 
-/// Compares what members found at one place of the order. All answers are of the same number of blocks.
-pub(super) fn compare(answers: &BTreeMap<PeerId, Vec<BlockFound>>) -> Vec<Fault> {
+/// Compares what members found at one place of the order; `in_force` members there are, whether they answered or not. All
+/// answers are of the same number of blocks.
+pub(super) fn compare(answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: usize) -> Vec<Fault> {
     let blocks = answers.values().map(Vec::len).max().unwrap_or(0);
-    (0..blocks).filter_map(|index| fault(index, answers)).collect()
+    (0..blocks).filter_map(|index| fault(index, answers, in_force)).collect()
 }
 
-fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>) -> Option<Fault> {
+fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: usize) -> Option<Fault> {
     let mut bad = Vec::new();
     let mut sound: Vec<(PeerId, u32)> = Vec::new();
     for (peer, blocks) in answers {
@@ -38,7 +39,10 @@ fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>) -> Option<Fa
         }
     }
     let votes = |of: u32| sound.iter().filter(|(_, checksum)| *checksum == of).count();
-    let elected = sound.iter().map(|(_, checksum)| *checksum).find(|checksum| votes(*checksum) * 2 > sound.len());
+    // Members that did not answer may all say the opposite; those whose copy is bad by itself say nothing.
+    let voters = in_force.saturating_sub(bad.len()).max(sound.len());
+    let wins = |of: u32| votes(of) == sound.len() || votes(of) * 2 > voters;
+    let elected = sound.iter().map(|(_, checksum)| *checksum).find(|checksum| wins(*checksum));
     let Some(elected) = elected else {
         // No sound copy at all, or no majority among them.
         let is_tie = !sound.is_empty();
@@ -59,10 +63,15 @@ mod tests {
         BlockFound::Sound { checksum }
     }
 
-    /// What comes of one block, as members 0, 1, ... found it.
+    /// What comes of one block, as members 0, 1, ... found it, and none else is in force.
     fn of(found: &[BlockFound]) -> Option<Fault> {
+        among(found.len(), found)
+    }
+
+    /// The same, when so many members are in force.
+    fn among(in_force: usize, found: &[BlockFound]) -> Option<Fault> {
         let answers = found.iter().enumerate().map(|(peer, block)| (peer, vec![*block])).collect();
-        compare(&answers).pop()
+        compare(&answers, in_force).pop()
     }
 
     fn fault(bad: &[(PeerId, Damage)], good: Option<PeerId>, is_tie: bool) -> Option<Fault> {
@@ -98,6 +107,25 @@ mod tests {
             fault(&[], None, true),
             "two of four are no majority"
         );
+    }
+
+    #[test]
+    fn a_majority_of_those_in_reach_is_none_if_it_is_none_of_those_in_force() {
+        let two_to_one = [sound(8), sound(7), sound(7)];
+        assert_eq!(among(4, &two_to_one), fault(&[], None, true), "the fourth may say what the first says");
+        assert_eq!(among(3, &two_to_one[..2]), fault(&[], None, true));
+        let four = [sound(7), sound(7), sound(7), sound(8)];
+        assert_eq!(among(5, &four), fault(&[(3, Damage::Differs)], Some(0), false), "whatever the fifth says");
+        let bad = [(0, Damage::ChecksumMismatch), (1, Damage::Differs)];
+        assert_eq!(among(5, &[BAD, sound(8), sound(7), sound(7), sound(7)]), fault(&bad, Some(2), false));
+        let one_is_bad = fault(&[(0, Damage::ChecksumMismatch)], None, true);
+        assert_eq!(among(5, &[BAD, sound(8), sound(7), sound(7)]), one_is_bad, "two of four are no majority");
+    }
+
+    #[test]
+    fn a_copy_that_is_bad_by_itself_is_repaired_though_not_all_were_asked() {
+        assert_eq!(among(4, &[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], Some(1), false));
+        assert_eq!(among(4, &[sound(7), sound(7)]), None);
     }
 
     #[test]
