@@ -85,6 +85,8 @@ pub struct ScrubSnapshot {
 #[derive(Debug)]
 pub(super) struct Scrub {
     chunks: Chunks,
+    /// The view in force, as of the last look at it.
+    members: Vec<ReplicaName>,
     rate: Rate,
     /// A member that is out of reach, and since when one is.
     absent: Option<(ReplicaName, Time)>,
@@ -117,7 +119,9 @@ impl<T> Volume<T> {
         let chunks = Chunks::new(self.size_bytes, from.position, from.found);
         let position = chunks.position();
         let rate = Rate::new(self.settings.scrub_rate_min, now);
-        self.scrub = Some(Scrub { chunks, rate, absent: None, speed_from: (position, now), bytes_per_second: 0 });
+        let members = self.scrub_view();
+        let speed_from = (position, now);
+        self.scrub = Some(Scrub { chunks, members, rate, absent: None, speed_from, bytes_per_second: 0 });
         self.notice(Notice::Scrubbing { position });
         Ok(())
     }
@@ -132,6 +136,7 @@ impl<T> Volume<T> {
         if !matches!(self.phase, Phase::Serving) || self.stopping || self.scrub.is_none() {
             return;
         }
+        self.look_for_joined();
         self.look_for_absent(now);
         if self.scrub_waits_for(now).is_none() {
             self.begin_scrub_chunks(now);
@@ -157,6 +162,21 @@ impl<T> Volume<T> {
             peer.is_ready_member() && membership.in_force.contains(&peer.name)
         };
         ((0..self.peers.len()).filter(can).collect(), membership.in_force.len())
+    }
+
+    fn scrub_view(&self) -> Vec<ReplicaName> {
+        self.membership.as_ref().map(|m| m.in_force.members().to_vec()).unwrap_or_default()
+    }
+
+    /// Takes note of members and of bytes that were not there when the scrub began.
+    fn look_for_joined(&mut self) {
+        let (members, size_bytes) = (self.scrub_view(), self.size_bytes);
+        let Some(scrub) = &mut self.scrub else { return };
+        scrub.chunks.grow(size_bytes);
+        if members.iter().any(|name| !scrub.members.contains(name)) {
+            scrub.chunks.joined(members.len());
+        }
+        scrub.members = members;
     }
 
     fn look_for_absent(&mut self, now: Time) {

@@ -44,6 +44,14 @@ impl World {
         self.notices.iter().filter_map(finished).collect()
     }
 
+    /// Begins a scrub and returns where it is when it has got through 1 MiB.
+    fn scrub_some(&mut self, engine: usize) -> u64 {
+        self.scrub(engine, ScrubMark::default()).expect("no scrub is under way");
+        let position = |w: &World| w.engines[engine].volume.snapshot(w.now).scrub.map(|s| s.mark.position);
+        assert!(self.run_until(LONG, |w| position(w).is_some_and(|at| at > 1 << 20)));
+        position(self).expect("it is under way")
+    }
+
     /// Scrubs all of the volume and returns what was found.
     pub fn scrub_all(&mut self, engine: usize) -> ScrubFound {
         let before = self.scrubs_finished().len();
@@ -114,12 +122,8 @@ fn a_scrub_during_writes_of_the_same_few_blocks_finds_nothing() {
 
 #[test]
 fn a_scrub_goes_on_where_one_of_an_earlier_engine_was() {
-    let setup =
-        Setup { size_bytes: 4 << 20, scrub_rate_min: 1 << 20, depth: 0, ..Setup::quiet(3004, AckPolicy::First) };
-    let mut w = serving(setup);
-    w.scrub(0, ScrubMark::default()).unwrap();
-    let position = |w: &World| w.engines[0].volume.snapshot(w.now).scrub.map(|s| s.mark.position);
-    assert!(w.run_until(LONG, |w| position(w).is_some_and(|at| at > 1 << 20)));
+    let mut w = serving(large(3004));
+    w.scrub_some(0);
     let mark = w.engines[0].volume.snapshot(w.now).scrub.expect("it is under way").mark;
     w.kill_engine(0);
     let e = w.next_engine();
@@ -163,6 +167,39 @@ fn a_replica_out_of_the_view_is_not_compared() {
     let write = w.write(0, 0, 8, false);
     w.done(0, write);
     assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+/// A volume that takes seconds to scrub.
+fn large(seed: u64) -> Setup {
+    Setup { size_bytes: 4 << 20, scrub_rate_min: 1 << 20, ..Setup::quiet(seed, AckPolicy::First) }
+}
+
+#[test]
+fn a_member_that_joins_in_the_midst_is_not_called_in_order_where_it_did_not_look() {
+    let mut w = serving(large(3013));
+    w.kill_agent(2, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a b"));
+    let position = w.scrub_some(0);
+    w.start_agent(2);
+    w.everyone_is_back(0);
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    let found = w.scrubs_finished()[0];
+    assert!((position..4 << 20).contains(&found.incomplete_bytes), "{found:?}");
+    assert_eq!(ScrubFound { incomplete_bytes: 0, ..found }, ScrubFound::default());
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+#[test]
+fn what_a_volume_grows_by_in_the_midst_is_looked_at_as_well() {
+    let mut w = serving(large(3014));
+    w.scrub_some(0);
+    w.command(0, Command::Resize { size_bytes: 6 << 20 }).unwrap();
+    assert!(w.run_until(LONG, |w| w.engines[0].volume.size_bytes() == 6 << 20));
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    w.agents[1].disk.image.rot((5 << 20) + 77);
+    w.agents[1].rotten.push(5 << 20);
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound { bad_blocks: 1, repaired_blocks: 1, ..ScrubFound::default() }]);
 }
 
 #[test]

@@ -33,6 +33,8 @@ enum Look {
         in_force: usize,
         /// Somebody who was asked does not answer.
         is_lost: bool,
+        /// A member joined after the others were asked.
+        is_joined: bool,
     },
 }
 
@@ -43,12 +45,13 @@ struct Answers {
     seen: Seq,
     in_force: usize,
     is_lost: bool,
+    is_joined: bool,
 }
 
 impl Answers {
     /// Whether all members in force have answered.
     fn is_whole(&self) -> bool {
-        !self.is_lost && self.of.len() >= self.in_force
+        !self.is_lost && !self.is_joined && self.of.len() >= self.in_force
     }
 }
 
@@ -94,9 +97,25 @@ impl Chunks {
         Chunks { size_bytes, next, under_way: BTreeMap::new(), found }
     }
 
-    /// Bytes of the volume, as of the beginning.
+    /// Bytes of the volume.
     pub(super) fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// The volume may have grown.
+    pub(super) fn grow(&mut self, size_bytes: u64) {
+        self.size_bytes = self.size_bytes.max(size_bytes);
+    }
+
+    /// There is another member, now one of so many in force: it has looked at nothing so far.
+    pub(super) fn joined(&mut self, in_force: usize) {
+        let under_way: u64 = self.under_way.values().map(|c| c.range.length).sum();
+        self.found.incomplete_bytes = self.found.incomplete_bytes.max(self.next - under_way);
+        for chunk in self.under_way.values_mut() {
+            if let Look::Asked { in_force: before, is_joined, .. } = &mut chunk.look {
+                (*before, *is_joined) = (in_force.max(*before), true);
+            }
+        }
     }
 
     /// Everything below this byte is done with.
@@ -155,7 +174,15 @@ impl Chunks {
     pub(super) fn asked(&mut self, offset: u64, read: u64, members: &[PeerId], seen: Seq, in_force: usize) {
         if let Some(chunk) = self.under_way.get_mut(&offset) {
             let missing = members.iter().copied().collect();
-            chunk.look = Look::Asked { read, missing, answers: BTreeMap::new(), seen, in_force, is_lost: false };
+            chunk.look = Look::Asked {
+                read,
+                missing,
+                answers: BTreeMap::new(),
+                seen,
+                in_force,
+                is_lost: false,
+                is_joined: false,
+            };
         }
     }
 
@@ -177,7 +204,9 @@ impl Chunks {
         let asked = |c: &&mut Chunk| matches!(c.look, Look::Asked { read: asked, .. } if asked == read);
         let chunk = self.under_way.values_mut().find(asked)?;
         let blocks = (chunk.range.length / BLOCK_BYTES) as usize;
-        let Look::Asked { missing, answers, seen, in_force, is_lost, .. } = &mut chunk.look else { return None };
+        let Look::Asked { missing, answers, seen, in_force, is_lost, is_joined, .. } = &mut chunk.look else {
+            return None;
+        };
         missing.remove(&peer);
         match found.filter(|found| found.len() == blocks) {
             Some(found) => _ = answers.insert(peer, found),
@@ -186,8 +215,13 @@ impl Chunks {
         if !missing.is_empty() {
             return None;
         }
-        let answers =
-            Answers { of: std::mem::take(answers), seen: *seen, in_force: *in_force, is_lost: *is_lost };
+        let answers = Answers {
+            of: std::mem::take(answers),
+            seen: *seen,
+            in_force: *in_force,
+            is_lost: *is_lost,
+            is_joined: *is_joined,
+        };
         let offset = chunk.range.offset;
         let looked = chunk.looked(now, &answers);
         if let Some(chunk) = self.under_way.get(&offset)
@@ -211,7 +245,7 @@ impl Chunk {
         let can_be_repaired = faults.iter().any(|f| f.good.is_some());
         if can_be_repaired && self.looks < LOOKS_MAX {
             self.look = Look::Due { at: now + LOOK_AGAIN_FIRST * 2_u32.pow(self.looks - 1) };
-        } else if answers.is_lost && self.lost < LOST_MAX {
+        } else if (answers.is_lost && self.lost < LOST_MAX) || answers.is_joined {
             self.look = Look::Due { at: now + LOST_PAUSE };
         }
         // Whoever did not answer may yet make a majority of what is a tie without it.
@@ -378,6 +412,27 @@ mod tests {
         look_of(&mut chunks, ms(0), 2, &[Some(SOUND)]);
         assert!(chunks.is_done(), "it was waited for before");
         assert_eq!(chunks.found(), ScrubFound { incomplete_bytes: BLOCK_BYTES, ..ScrubFound::default() });
+    }
+
+    #[test]
+    fn what_was_done_before_a_member_joined_is_incomplete_and_what_is_under_way_is_looked_at_again() {
+        let mut chunks = chunks(3 * BLOCK_BYTES);
+        while let Some(range) = chunks.peek(BLOCK_BYTES) {
+            chunks.begin(range, ms(0));
+        }
+        for block in [0, 2] {
+            chunks.asked(block * BLOCK_BYTES, block, &[0], Seq(5), 1);
+            chunks.answered(ms(0), block, 0, Some(vec![SOUND]));
+        }
+        chunks.asked(BLOCK_BYTES, 1, &[0], Seq(5), 1);
+        chunks.joined(2);
+        chunks.joined(2);
+        assert_eq!(chunks.found().incomplete_bytes, 2 * BLOCK_BYTES, "that of others counts once");
+        assert!(chunks.answered(ms(0), 1, 0, Some(vec![SOUND])).is_some() && !chunks.is_done());
+        look(&mut chunks, ms(500), &[Some(SOUND), Some(SOUND)]);
+        assert_eq!((chunks.is_done(), chunks.found().incomplete_bytes), (true, 2 * BLOCK_BYTES));
+        chunks.grow(4 * BLOCK_BYTES);
+        assert_eq!(chunks.peek(CHUNK_BYTES), Some(ByteRange { offset: 3 * BLOCK_BYTES, length: BLOCK_BYTES }));
     }
 
     #[test]
