@@ -22,7 +22,7 @@ use super::log::Log;
 use super::rate::Rate;
 use super::repair::Finding;
 use super::{CommandRefusal, Damage, Notice, PeerId, Phase, Time, Volume};
-use chunks::{Chunks, Looked};
+use chunks::{Chunks, Looked, Question};
 
 /// Chunks under way, at most, and bytes of one, while no client asks for anything.
 const IDLE: (usize, u64) = (4, 256 * 1024);
@@ -32,6 +32,10 @@ const BUSY: (usize, u64) = (1, 64 * 1024);
 const CHUNKS_MAX: usize = 16;
 /// A member in force that is out of reach is waited for so long: it comes back, or leaves the view.
 const MEMBER_PATIENCE: Duration = Duration::from_secs(60);
+/// A member that has not answered for so long does not answer.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// After this time it is said that the scrub waits for it.
+const ANSWER_USUAL: Duration = Duration::from_secs(2);
 const SPEED_OVER: Duration = Duration::from_secs(2);
 
 /// What a scrub found. Blocks are counted once for each replica whose copy is concerned.
@@ -138,6 +142,7 @@ impl<T> Volume<T> {
         }
         self.look_for_joined();
         self.look_for_absent(now);
+        self.give_up_late_looks(now);
         if self.scrub_waits_for(now).is_none() {
             self.begin_scrub_chunks(now);
             self.ask_for_scrub_chunks(now);
@@ -228,7 +233,8 @@ impl<T> Volume<T> {
                 self.peers[*member].ask(after, last, id, ReadKind::Scrub, range);
             }
             if let Some(scrub) = &mut self.scrub {
-                scrub.chunks.asked(range.offset, id, &members, last, in_force);
+                let question = Question { read: id, members: &members, seen: last, in_force };
+                scrub.chunks.asked(now, range.offset, question);
             }
         }
     }
@@ -257,6 +263,21 @@ impl<T> Volume<T> {
     /// A member will not answer.
     pub(super) fn scrub_read_lost(&mut self, now: Time, peer: PeerId, id: u64) {
         self.scrub_answered(now, id, peer, None);
+    }
+
+    /// Goes on without answers that take too long.
+    fn give_up_late_looks(&mut self, now: Time) {
+        let late = self.scrub.as_ref().map(|s| s.chunks.late(now, ANSWER_MAX)).unwrap_or_default();
+        for (id, peer) in late {
+            self.peers[peer].cancel(id);
+            self.scrub_answered(now, id, peer, None);
+        }
+    }
+
+    /// A member whose answer takes unusually long.
+    fn scrub_waits_for_answer(&self, now: Time) -> Option<String> {
+        let (_, peer) = *self.scrub.as_ref()?.chunks.late(now, ANSWER_USUAL).first()?;
+        Some(format!("replica {} to answer", self.peers[peer].name))
     }
 
     fn scrub_answered(&mut self, now: Time, id: u64, peer: PeerId, found: Option<Vec<BlockFound>>) {
@@ -295,7 +316,7 @@ impl<T> Volume<T> {
         let (mark, total_bytes) = (scrub.mark(), scrub.chunks.size_bytes());
         let bytes_per_second = scrub.bytes_per_second;
         let eta_seconds = (total_bytes - mark.position).checked_div(bytes_per_second);
-        let waits_for = self.scrub_waits_for(now);
+        let waits_for = self.scrub_waits_for(now).or_else(|| self.scrub_waits_for_answer(now));
         Some(ScrubSnapshot { mark, total_bytes, bytes_per_second, eta_seconds, waits_for })
     }
 }

@@ -32,6 +32,8 @@ pub struct Agent {
     pub life: u64,
     pub stalled_until: Time,
     pub cut_off_until: Time,
+    /// Until when reads of its disk do not come back.
+    pub reads_hang_until: Time,
     pub starts_at: Option<Time>,
     /// It dies when it next writes pages of its dirty bitmaps; whether in a power cut.
     pub dies_at_checkpoint: Option<bool>,
@@ -70,6 +72,7 @@ impl Agent {
             life: 0,
             stalled_until: Time::ZERO,
             cut_off_until: Time::ZERO,
+            reads_hang_until: Time::ZERO,
             starts_at: None,
             dies_at_checkpoint: None,
             reads_done: 0,
@@ -279,7 +282,11 @@ impl World {
             }
         }
         for job in begun {
-            let (delay, life) = (self.some_delay(), self.agents[index].life);
+            let (mut delay, life) = (self.some_delay(), self.agents[index].life);
+            let jobs = self.agents[index].process.as_ref().map(|p| &p.jobs);
+            if jobs.is_some_and(|jobs| matches!(jobs.get(&job), Some(Job::Read(_)))) {
+                delay = delay.max(self.agents[index].reads_hang_until.saturating_sub(now));
+            }
             self.after(delay, Happening::Done { agent: index, life, job });
         }
         if writes_pages && let Some(power_cut) = self.agents[index].dies_at_checkpoint.take() {

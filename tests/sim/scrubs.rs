@@ -203,6 +203,23 @@ fn what_a_volume_grows_by_in_the_midst_is_looked_at_as_well() {
 }
 
 #[test]
+fn a_member_whose_reads_hang_is_named_and_not_waited_for_for_ever() {
+    let mut w = serving(Setup::quiet(3015, AckPolicy::First));
+    w.agents[2].reads_hang_until = ms(600_000);
+    w.scrub(0, ScrubMark::default()).unwrap();
+    w.run_for(ms(3000));
+    let scrub = w.engines[0].volume.snapshot(w.now).scrub.expect("it waits");
+    assert_eq!(scrub.waits_for.as_deref(), Some("replica c to answer"));
+    assert!(w.run_until(ms(120_000), |w| !w.scrubs_finished().is_empty()));
+    assert!(w.now > ms(90_000), "it was asked three times");
+    let incomplete_bytes = w.setup.size_bytes;
+    assert_eq!(w.scrubs_finished(), [ScrubFound { incomplete_bytes, ..ScrubFound::default() }]);
+    w.run_for(ms(600_000));
+    assert_eq!(w.reads_outstanding(0), 0, "answers that come late are taken for nothing");
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+}
+
+#[test]
 fn two_sound_copies_that_differ_are_nobodys_guess() {
     let mut w = serving(Setup { replicas: 2, ..Setup::quiet(3008, AckPolicy::First) });
     assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));

@@ -26,6 +26,7 @@ enum Look {
     /// Under this number members were asked, behind this record.
     Asked {
         read: u64,
+        asked_at: Time,
         missing: BTreeSet<PeerId>,
         answers: BTreeMap<PeerId, Vec<BlockFound>>,
         seen: Seq,
@@ -66,6 +67,19 @@ struct Chunk {
     /// Blocks of which no copy can be believed, and whether sound ones differ.
     hopeless: BTreeMap<usize, bool>,
     is_incomplete: bool,
+}
+
+/// What members are asked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question<'a> {
+    /// The number of the read.
+    pub(super) read: u64,
+    /// Who is asked.
+    pub(super) members: &'a [PeerId],
+    /// Behind this record.
+    pub(super) seen: Seq,
+    /// How many members there are, whether they are asked or not.
+    pub(super) in_force: usize,
 }
 
 /// What a look at a chunk came to.
@@ -170,13 +184,14 @@ impl Chunks {
         self.under_way.values().filter(is_due).map(|c| c.range).collect()
     }
 
-    /// These members of so many `in_force` were asked under this number, behind the record `seen`.
-    pub(super) fn asked(&mut self, offset: u64, read: u64, members: &[PeerId], seen: Seq, in_force: usize) {
+    /// Members were asked about the chunk at `offset`.
+    pub(super) fn asked(&mut self, now: Time, offset: u64, question: Question<'_>) {
+        let Question { read, members, seen, in_force } = question;
         if let Some(chunk) = self.under_way.get_mut(&offset) {
-            let missing = members.iter().copied().collect();
             chunk.look = Look::Asked {
                 read,
-                missing,
+                asked_at: now,
+                missing: members.iter().copied().collect(),
                 answers: BTreeMap::new(),
                 seen,
                 in_force,
@@ -184,6 +199,19 @@ impl Chunks {
                 is_joined: false,
             };
         }
+    }
+
+    /// Reads that members have not answered for longer than `limit`, with these members.
+    pub(super) fn late(&self, now: Time, limit: Time) -> Vec<(u64, PeerId)> {
+        let mut late = Vec::new();
+        for chunk in self.under_way.values() {
+            if let Look::Asked { read, asked_at, missing, .. } = &chunk.look
+                && now.saturating_sub(*asked_at) >= limit
+            {
+                late.extend(missing.iter().map(|peer| (*read, *peer)));
+            }
+        }
+        late
     }
 
     /// Whether somebody was asked under this number and has not answered.
@@ -304,6 +332,10 @@ mod tests {
         Chunks::new(bytes, 0, ScrubFound::default())
     }
 
+    fn ask(chunks: &mut Chunks, offset: u64, read: u64, members: &[PeerId], in_force: usize) {
+        chunks.asked(ms(0), offset, Question { read, members, seen: Seq(5), in_force });
+    }
+
     /// Looks at a chunk of one block when that is due; members 0, 1, ... find this.
     fn look(chunks: &mut Chunks, now: Time, found: &[Option<BlockFound>]) -> Looked {
         look_of(chunks, now, found.len(), found)
@@ -313,7 +345,7 @@ mod tests {
     fn look_of(chunks: &mut Chunks, now: Time, in_force: usize, found: &[Option<BlockFound>]) -> Looked {
         let due = chunks.due(now);
         let members: Vec<PeerId> = (0..found.len()).collect();
-        chunks.asked(due[0].offset, 9, &members, Seq(5), in_force);
+        ask(chunks, due[0].offset, 9, &members, in_force);
         let mut looked = None;
         for (peer, found) in found.iter().enumerate() {
             assert!(looked.is_none() && chunks.waits_for(9, peer));
@@ -334,7 +366,7 @@ mod tests {
         assert_eq!((chunks.position(), chunks.is_done()), (0, false));
         let blocks = |bytes: u64| Some(vec![SOUND; (bytes / BLOCK_BYTES) as usize]);
         for (read, offset) in [(1, 0), (2, CHUNK_BYTES), (3, 2 * CHUNK_BYTES)] {
-            chunks.asked(offset, read, &[0, 1], Seq(5), 2);
+            ask(&mut chunks, offset, read, &[0, 1], 2);
         }
         for (read, bytes, position) in
             [(2, CHUNK_BYTES, 0), (1, CHUNK_BYTES, 2 * CHUNK_BYTES), (3, BLOCK_BYTES, 2 * CHUNK_BYTES + BLOCK_BYTES)]
@@ -421,10 +453,10 @@ mod tests {
             chunks.begin(range, ms(0));
         }
         for block in [0, 2] {
-            chunks.asked(block * BLOCK_BYTES, block, &[0], Seq(5), 1);
+            ask(&mut chunks, block * BLOCK_BYTES, block, &[0], 1);
             chunks.answered(ms(0), block, 0, Some(vec![SOUND]));
         }
-        chunks.asked(BLOCK_BYTES, 1, &[0], Seq(5), 1);
+        ask(&mut chunks, BLOCK_BYTES, 1, &[0], 1);
         chunks.joined(2);
         chunks.joined(2);
         assert_eq!(chunks.found().incomplete_bytes, 2 * BLOCK_BYTES, "that of others counts once");
@@ -463,10 +495,22 @@ mod tests {
     }
 
     #[test]
+    fn who_has_not_answered_for_so_long_is_named() {
+        let mut chunks = chunks(BLOCK_BYTES);
+        chunks.begin(BLOCK_0, ms(0));
+        ask(&mut chunks, 0, 9, &[0, 1], 2);
+        chunks.answered(ms(10), 9, 0, Some(vec![SOUND]));
+        assert_eq!(chunks.late(ms(99), ms(100)), []);
+        assert_eq!(chunks.late(ms(100), ms(100)), [(9, 1)]);
+        chunks.answered(ms(100), 9, 1, None);
+        assert!(chunks.late(ms(200), ms(100)).is_empty() && !chunks.waits_for(9, 1), "a late answer is none");
+    }
+
+    #[test]
     fn an_answer_of_another_length_is_none() {
         let mut chunks = chunks(BLOCK_BYTES);
         chunks.begin(BLOCK_0, ms(0));
-        chunks.asked(0, 9, &[0], Seq(5), 1);
+        ask(&mut chunks, 0, 9, &[0], 1);
         chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
         assert!(!chunks.is_done(), "it is asked again");
     }
