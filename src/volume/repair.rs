@@ -277,11 +277,24 @@ impl<T> Volume<T> {
             let replica = peer.name.clone();
             self.notice(Notice::Repaired { replica, offset: block, what });
         }
-        let has_room = self.log.as_ref().is_some_and(|log| log.bytes() < self.log_bytes_max());
-        if has_room && !self.is_frozen() && !self.is_full() {
+        if self.repairs_wait_for().is_none() {
             for block in self.repairs.unasked() {
                 self.ask_for_good_copy(now, block);
             }
+        }
+    }
+
+    /// Why no repair is given out just now.
+    pub(super) fn repairs_wait_for(&self) -> Option<&'static str> {
+        let has_room = self.log.as_ref().is_some_and(|log| log.bytes() < self.log_bytes_max());
+        if self.is_frozen() {
+            Some("the volume is frozen")
+        } else if self.is_full() {
+            Some("the disks are full")
+        } else if !has_room {
+            Some("room in the log")
+        } else {
+            None
         }
     }
 

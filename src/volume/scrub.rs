@@ -202,6 +202,10 @@ impl<T> Volume<T> {
         if self.scrub_members().0.is_empty() {
             return Some("no member can be reached".to_owned());
         }
+        if let Some(why) = self.repairs_wait_for() {
+            // What is found bad meanwhile could not be repaired, and would be given up.
+            return Some(why.to_owned());
+        }
         let (name, since) = self.scrub.as_ref()?.absent.as_ref()?;
         let is_waited_for = now.saturating_sub(*since) < MEMBER_PATIENCE;
         is_waited_for.then(|| format!("replica {name} cannot be reached"))

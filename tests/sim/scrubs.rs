@@ -220,6 +220,23 @@ fn a_member_whose_reads_hang_is_named_and_not_waited_for_for_ever() {
 }
 
 #[test]
+fn a_scrub_waits_while_nothing_can_be_repaired() {
+    let mut w = serving(Setup::quiet(3016, AckPolicy::Majority));
+    w.agents[0].disk.image.rot(77);
+    w.agents[0].rotten.push(0);
+    [1, 2].into_iter().for_each(|agent| w.cut_off(agent, ms(110_000)));
+    let is_frozen = |w: &World| w.notices.contains(&Notice::Frozen(true));
+    assert!(w.run_until(LONG, is_frozen));
+    w.scrub(0, ScrubMark::default()).unwrap();
+    w.run_for(ms(90_000));
+    let scrub = w.engines[0].volume.snapshot(w.now).scrub.expect("it waits");
+    assert_eq!(scrub.waits_for.as_deref(), Some("the volume is frozen"));
+    assert_eq!(scrub.mark, ScrubMark::default(), "more than a minute later");
+    assert!(w.run_until(ms(60_000), |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound { bad_blocks: 1, repaired_blocks: 1, ..ScrubFound::default() }]);
+}
+
+#[test]
 fn two_sound_copies_that_differ_are_nobodys_guess() {
     let mut w = serving(Setup { replicas: 2, ..Setup::quiet(3008, AckPolicy::First) });
     assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
