@@ -121,7 +121,7 @@ impl<T> Volume<T> {
         match bad {
             Some((offset, what)) => {
                 let blocks = ByteRange { offset, length: BLOCK_BYTES };
-                self.repair(Finding { blocks, bad: peer, what, good: None, seen });
+                self.repair(Finding { blocks, bad: peer, what, good: None, sound: Vec::new(), seen });
             }
             None => {
                 let peer = &mut self.peers[peer];

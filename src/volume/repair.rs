@@ -51,7 +51,7 @@ impl fmt::Display for Damage {
 }
 
 /// Blocks that were found bad at a member.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Finding {
     /// Whole blocks.
     pub(super) blocks: ByteRange,
@@ -60,6 +60,8 @@ pub(super) struct Finding {
     /// The member to copy from; any whose block is good if none is named. One that is named must be right for all there
     /// may be to choose from, as for [`Damage::Differs`].
     pub(super) good: Option<PeerId>,
+    /// Members whose copy was found good by the same question, as far as that is known.
+    pub(super) sound: Vec<PeerId>,
     /// The question that found it was queued behind this record: what later ones made good is good.
     pub(super) seen: Seq,
 }
@@ -113,6 +115,21 @@ impl Repair {
         self.bad.iter().any(|(bad, _)| *bad == peer)
     }
 
+    /// Copies of these members were found good: one that was bad before may be copied from again.
+    fn believe(&mut self, sound: &[PeerId]) {
+        if matches!(self.step, Step::Given(_)) || sound.is_empty() {
+            return;
+        }
+        self.bad.retain(|(peer, _)| !sound.contains(peer));
+        self.failed.retain(|peer| !sound.contains(peer));
+        if self.good.is_some_and(|good| !sound.contains(&good)) {
+            // Of several that are right now, the one that was named may be none.
+            self.read.lose();
+            self.good = sound.first().copied();
+        }
+        self.step = Step::Seek;
+    }
+
     fn may_read_at(&self, peer: PeerId) -> bool {
         self.good.is_none_or(|good| good == peer) && !self.is_bad_at(peer) && !self.failed.contains(&peer)
     }
@@ -152,6 +169,7 @@ impl Repairs {
                 repair.step = Step::Seek;
                 repair.failed.clear();
             }
+            repair.believe(&finding.sound);
             if what == Damage::Differs {
                 // What is being read may be what differs.
                 repair.read.lose();
@@ -346,7 +364,7 @@ impl<T> Volume<T> {
         repair.read.lose();
         match bad_block(outcome, block_at(block)) {
             Some((_, what)) => {
-                self.repair(Finding { blocks: block_at(block), bad: peer, what, good: None, seen });
+                self.repair(Finding { blocks: block_at(block), bad: peer, what, good: None, sound: Vec::new(), seen });
             }
             None => repair.failed.push(peer),
         }
@@ -363,7 +381,14 @@ mod tests {
     use super::*;
 
     fn finding(bad: PeerId, seen: u64) -> Finding {
-        Finding { blocks: block_at(4096), bad, what: Damage::ChecksumMismatch, good: None, seen: Seq(seen) }
+        Finding {
+            blocks: block_at(4096),
+            bad,
+            what: Damage::ChecksumMismatch,
+            good: None,
+            sound: Vec::new(),
+            seen: Seq(seen),
+        }
     }
 
     fn step(repairs: &Repairs) -> Option<Step> {
@@ -429,6 +454,21 @@ mod tests {
         assert!(repairs.find_read(7).is_none(), "what is read may be what differs");
         let repair = &repairs.blocks[&4096];
         assert_eq!([0, 1, 2, 3].map(|peer| repair.may_read_at(peer)), [false, false, true, false]);
+    }
+
+    #[test]
+    fn a_copy_that_is_found_good_again_is_copied_from() {
+        let mut repairs = Repairs::default();
+        (0..3).for_each(|bad| _ = repairs.note(4096, &finding(bad, 1)));
+        let repair = repairs.blocks.get_mut(&4096).unwrap();
+        repair.failed.push(3);
+        repair.step = Step::Hopeless;
+        assert!(!repairs.note(4096, &Finding { sound: vec![0, 3], ..finding(1, 2) }), "that it is bad is known");
+        assert_eq!(step(&repairs), Some(Step::Seek));
+        assert_eq!([0, 1, 2, 3].map(|peer| repairs.blocks[&4096].may_read_at(peer)), [true, false, false, true]);
+        repairs.overlap(block_at(4096), Seq(3));
+        repairs.note(4096, &Finding { sound: vec![1], ..finding(2, 2) });
+        assert_eq!(step(&repairs), Some(Step::Given(Seq(3))), "the record is what makes it good");
     }
 
     #[test]

@@ -299,8 +299,8 @@ impl<T> Volume<T> {
             let differs = fault.bad.iter().any(|(_, what)| *what == Damage::Differs);
             for (bad, what) in fault.bad.iter().copied() {
                 let blocks = ByteRange { offset, length: BLOCK_BYTES };
-                let good = fault.good.filter(|_| differs);
-                self.repair(Finding { blocks, bad, what, good, seen: looked.seen });
+                let good = fault.good.first().copied().filter(|_| differs);
+                self.repair(Finding { blocks, bad, what, good, sound: fault.good.clone(), seen: looked.seen });
             }
         }
         for offset in &looked.ties {

@@ -72,7 +72,7 @@ impl<T> Volume<T> {
         for difference in differences {
             let blocks = ByteRange { offset: difference.block, length: BLOCK_BYTES };
             let good = Some(difference.good);
-            self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, seen });
+            self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, sound: Vec::new(), seen });
         }
         for offset in ties {
             self.notice(Notice::NoMajority { offset });

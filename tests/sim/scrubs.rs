@@ -303,6 +303,25 @@ fn flipped_bits_are_found_and_repaired_wherever_they_are() {
 }
 
 #[test]
+fn a_copy_that_is_good_again_repairs_those_that_are_not() {
+    let mut w = serving(Setup::quiet(3017, AckPolicy::First));
+    let write = w.write(0, 0, 64, false);
+    w.done(0, write);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    (0..3).for_each(|agent| w.rot(agent, 2 * 4096 + 9));
+    let found = w.scrub_all(0);
+    assert_eq!((found.bad_blocks, found.unrepaired_blocks), (3, 1));
+    assert!(w.run_until(LONG, |w| w.notices.contains(&Notice::NoGoodCopy { offset: 2 * 4096 })));
+    // The same bit flips back.
+    w.rot(0, 2 * 4096 + 9);
+    let found = w.scrub_all(0);
+    assert_eq!(found, ScrubFound { bad_blocks: 2, repaired_blocks: 2, ..ScrubFound::default() });
+    w.agents.iter_mut().for_each(|agent| agent.rotten.clear());
+    assert_eq!(w.scrub_all(0), ScrubFound::default());
+    w.settle_and_compare();
+}
+
+#[test]
 fn a_block_that_is_bad_everywhere_is_reported_and_can_be_overwritten() {
     let mut w = serving(Setup::quiet(3011, AckPolicy::First));
     let write = w.write(0, 0, 64, false);

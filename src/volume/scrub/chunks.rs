@@ -270,7 +270,7 @@ impl Chunk {
         self.looks += 1;
         self.lost += u32::from(answers.is_lost);
         self.is_incomplete = !answers.is_whole();
-        let can_be_repaired = faults.iter().any(|f| f.good.is_some());
+        let can_be_repaired = faults.iter().any(|f| !f.good.is_empty());
         if can_be_repaired && self.looks < LOOKS_MAX {
             self.look = Look::Due { at: now + LOOK_AGAIN_FIRST * 2_u32.pow(self.looks - 1) };
         } else if (answers.is_lost && self.lost < LOST_MAX) || answers.is_joined {
@@ -281,7 +281,7 @@ impl Chunk {
         let mut ties = Vec::new();
         for fault in &faults {
             self.bad.extend(fault.bad.iter().map(|(peer, what)| ((fault.index, *peer), *what)));
-            if fault.good.is_none() && !(fault.is_tie && is_open) {
+            if fault.good.is_empty() && !(fault.is_tie && is_open) {
                 let before = self.hopeless.insert(fault.index, fault.is_tie);
                 if fault.is_tie && before != Some(true) {
                     ties.push(self.range.offset + fault.index as u64 * BLOCK_BYTES);
@@ -289,7 +289,7 @@ impl Chunk {
             }
         }
         // What somebody overwrote since is in order now.
-        self.hopeless.retain(|index, _| faults.iter().any(|f| f.index == *index && f.good.is_none()));
+        self.hopeless.retain(|index, _| faults.iter().any(|f| f.index == *index && f.good.is_empty()));
         Looked { range: self.range, faults, seen: answers.seen, ties }
     }
 }

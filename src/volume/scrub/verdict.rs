@@ -14,8 +14,8 @@ pub(super) struct Fault {
     pub(super) index: usize,
     /// Members whose copy is not to be believed.
     pub(super) bad: Vec<(PeerId, Damage)>,
-    /// A member whose copy is, if any is: sound, and what all sound copies say, or a majority.
-    pub(super) good: Option<PeerId>,
+    /// Members whose copy is, if any is: sound, and what all sound copies say, or a majority.
+    pub(super) good: Vec<PeerId>,
     /// Sound copies differ, and none has a majority of the members in force.
     pub(super) is_tie: bool,
 }
@@ -46,10 +46,10 @@ fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: us
     let Some(elected) = elected else {
         // No sound copy at all, or no majority among them.
         let is_tie = !sound.is_empty();
-        return (is_tie || !bad.is_empty()).then_some(Fault { index, bad, good: None, is_tie });
+        return (is_tie || !bad.is_empty()).then_some(Fault { index, bad, good: Vec::new(), is_tie });
     };
     bad.extend(sound.iter().filter(|(_, checksum)| *checksum != elected).map(|(peer, _)| (*peer, Damage::Differs)));
-    let good = sound.iter().find(|(_, checksum)| *checksum == elected).map(|(peer, _)| *peer);
+    let good = sound.iter().filter(|(_, checksum)| *checksum == elected).map(|(peer, _)| *peer).collect();
     (!bad.is_empty()).then_some(Fault { index, bad, good, is_tie: false })
 }
 
@@ -74,8 +74,8 @@ mod tests {
         compare(&answers, in_force).pop()
     }
 
-    fn fault(bad: &[(PeerId, Damage)], good: Option<PeerId>, is_tie: bool) -> Option<Fault> {
-        Some(Fault { index: 0, bad: bad.to_vec(), good, is_tie })
+    fn fault(bad: &[(PeerId, Damage)], good: &[PeerId], is_tie: bool) -> Option<Fault> {
+        Some(Fault { index: 0, bad: bad.to_vec(), good: good.to_vec(), is_tie })
     }
 
     #[test]
@@ -86,51 +86,47 @@ mod tests {
 
     #[test]
     fn a_copy_that_is_bad_by_itself_is_repaired_from_a_sound_one() {
-        assert_eq!(of(&[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], Some(1), false));
+        assert_eq!(of(&[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], &[1], false));
         let both = [(0, Damage::ChecksumMismatch), (1, Damage::Unreadable)];
-        assert_eq!(of(&[BAD, BlockFound::Unreadable, sound(7)]), fault(&both, Some(2), false));
+        assert_eq!(of(&[BAD, BlockFound::Unreadable, sound(7)]), fault(&both, &[2], false));
     }
 
     #[test]
     fn of_sound_copies_that_differ_the_majority_is_right() {
-        assert_eq!(of(&[sound(8), sound(7), sound(7)]), fault(&[(0, Damage::Differs)], Some(1), false));
+        assert_eq!(of(&[sound(8), sound(7), sound(7)]), fault(&[(0, Damage::Differs)], &[1, 2], false));
         let two = [(3, Damage::ChecksumMismatch), (0, Damage::Differs)];
-        assert_eq!(of(&[sound(8), sound(7), sound(7), BAD]), fault(&two, Some(1), false));
+        assert_eq!(of(&[sound(8), sound(7), sound(7), BAD]), fault(&two, &[1, 2], false));
     }
 
     #[test]
     fn nobody_guesses_which_of_two_is_right() {
-        assert_eq!(of(&[sound(8), sound(7)]), fault(&[], None, true));
-        assert_eq!(of(&[sound(8), sound(7), BAD]), fault(&[(2, Damage::ChecksumMismatch)], None, true));
-        assert_eq!(
-            of(&[sound(8), sound(7), sound(7), sound(9)]),
-            fault(&[], None, true),
-            "two of four are no majority"
-        );
+        assert_eq!(of(&[sound(8), sound(7)]), fault(&[], &[], true));
+        assert_eq!(of(&[sound(8), sound(7), BAD]), fault(&[(2, Damage::ChecksumMismatch)], &[], true));
+        assert_eq!(of(&[sound(8), sound(7), sound(7), sound(9)]), fault(&[], &[], true), "two of four are no majority");
     }
 
     #[test]
     fn a_majority_of_those_in_reach_is_none_if_it_is_none_of_those_in_force() {
         let two_to_one = [sound(8), sound(7), sound(7)];
-        assert_eq!(among(4, &two_to_one), fault(&[], None, true), "the fourth may say what the first says");
-        assert_eq!(among(3, &two_to_one[..2]), fault(&[], None, true));
+        assert_eq!(among(4, &two_to_one), fault(&[], &[], true), "the fourth may say what the first says");
+        assert_eq!(among(3, &two_to_one[..2]), fault(&[], &[], true));
         let four = [sound(7), sound(7), sound(7), sound(8)];
-        assert_eq!(among(5, &four), fault(&[(3, Damage::Differs)], Some(0), false), "whatever the fifth says");
+        assert_eq!(among(5, &four), fault(&[(3, Damage::Differs)], &[0, 1, 2], false), "whatever the fifth says");
         let bad = [(0, Damage::ChecksumMismatch), (1, Damage::Differs)];
-        assert_eq!(among(5, &[BAD, sound(8), sound(7), sound(7), sound(7)]), fault(&bad, Some(2), false));
-        let one_is_bad = fault(&[(0, Damage::ChecksumMismatch)], None, true);
+        assert_eq!(among(5, &[BAD, sound(8), sound(7), sound(7), sound(7)]), fault(&bad, &[2, 3, 4], false));
+        let one_is_bad = fault(&[(0, Damage::ChecksumMismatch)], &[], true);
         assert_eq!(among(5, &[BAD, sound(8), sound(7), sound(7)]), one_is_bad, "two of four are no majority");
     }
 
     #[test]
     fn a_copy_that_is_bad_by_itself_is_repaired_though_not_all_were_asked() {
-        assert_eq!(among(4, &[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], Some(1), false));
+        assert_eq!(among(4, &[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], &[1], false));
         assert_eq!(among(4, &[sound(7), sound(7)]), None);
     }
 
     #[test]
     fn without_a_sound_copy_there_is_nothing_to_repair_with() {
         let all = [(0, Damage::ChecksumMismatch), (1, Damage::ChecksumMismatch)];
-        assert_eq!(of(&[BAD, BAD]), fault(&all, None, false));
+        assert_eq!(of(&[BAD, BAD]), fault(&all, &[], false));
     }
 }
