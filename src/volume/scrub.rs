@@ -11,6 +11,7 @@
 mod chunks;
 mod verdict;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use protocol::message::{ReadKind, ReadOutcome};
@@ -92,8 +93,8 @@ pub(super) struct Scrub {
     /// The view in force, as of the last look at it.
     members: Vec<ReplicaName>,
     rate: Rate,
-    /// A member that is out of reach, and since when one is.
-    absent: Option<(ReplicaName, Time)>,
+    /// Members that are out of reach, and since when each is.
+    absent: BTreeMap<ReplicaName, Time>,
     speed_from: (u64, Time),
     bytes_per_second: u64,
 }
@@ -125,7 +126,7 @@ impl<T> Volume<T> {
         let rate = Rate::new(self.settings.scrub_rate_min, now);
         let members = self.scrub_view();
         let speed_from = (position, now);
-        self.scrub = Some(Scrub { chunks, members, rate, absent: None, speed_from, bytes_per_second: 0 });
+        self.scrub = Some(Scrub { chunks, members, rate, absent: BTreeMap::new(), speed_from, bytes_per_second: 0 });
         self.notice(Notice::Scrubbing { position });
         Ok(())
     }
@@ -187,10 +188,12 @@ impl<T> Volume<T> {
     fn look_for_absent(&mut self, now: Time) {
         let (members, _) = self.scrub_members();
         let in_force = self.membership.iter().flat_map(|m| m.in_force.members());
-        let absent = in_force.into_iter().find(|name| members.iter().all(|id| self.peers[*id].name != **name)).cloned();
+        let is_absent = |name: &&ReplicaName| members.iter().all(|id| self.peers[*id].name != **name);
+        let absent: Vec<ReplicaName> = in_force.filter(is_absent).cloned().collect();
         if let Some(scrub) = &mut self.scrub {
-            let since = scrub.absent.as_ref().map_or(now, |(_, since)| *since);
-            scrub.absent = absent.map(|name| (name, since));
+            let before = std::mem::take(&mut scrub.absent);
+            let since = |name: &ReplicaName| before.get(name).copied().unwrap_or(now);
+            scrub.absent = absent.into_iter().map(|name| (name.clone(), since(&name))).collect();
         }
     }
 
@@ -206,9 +209,9 @@ impl<T> Volume<T> {
             // What is found bad meanwhile could not be repaired, and would be given up.
             return Some(why.to_owned());
         }
-        let (name, since) = self.scrub.as_ref()?.absent.as_ref()?;
-        let is_waited_for = now.saturating_sub(*since) < MEMBER_PATIENCE;
-        is_waited_for.then(|| format!("replica {name} cannot be reached"))
+        let is_waited_for = |(_, since): &(&ReplicaName, &Time)| now.saturating_sub(**since) < MEMBER_PATIENCE;
+        let (name, _) = self.scrub.as_ref()?.absent.iter().find(is_waited_for)?;
+        Some(format!("replica {name} cannot be reached"))
     }
 
     fn begin_scrub_chunks(&mut self, now: Time) {

@@ -160,6 +160,23 @@ fn a_member_out_of_reach_is_waited_for_until_it_is_back() {
 }
 
 #[test]
+fn each_member_out_of_reach_is_waited_for_a_minute() {
+    let mut w = serving(Setup { lag_max: ms(600_000), ..Setup::quiet(3018, AckPolicy::First) });
+    w.kill_agent(1, false);
+    w.run_for(ms(50));
+    w.scrub(0, ScrubMark::default()).unwrap();
+    w.run_for(ms(50_000));
+    w.kill_agent(2, false);
+    w.start_agent(1);
+    w.run_for(ms(30_000));
+    let scrub = w.engines[0].volume.snapshot(w.now).scrub.expect("it waits for c now");
+    assert_eq!(scrub.waits_for.as_deref(), Some("replica c cannot be reached"));
+    w.start_agent(2);
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound::default()]);
+}
+
+#[test]
 fn a_replica_out_of_the_view_is_not_compared() {
     let mut w = serving(Setup::quiet(3007, AckPolicy::First));
     w.kill_agent(2, false);
