@@ -1,21 +1,23 @@
-//! How fast a resync copies: as fast as the disks can while no client waits for anything, else so that clients' requests
-//! that meet a burst of copies take little longer than those that do not, but never slower than a floor, so that it ends.
+//! How fast a resync copies, and a scrub looks: as fast as the disks can while no client waits for anything, else so that
+//! clients' requests that meet a burst of copies take little longer than those that do not, but never slower than a floor,
+//! so that it ends.
 //!
 //! Copies go out in bursts with pauses between them. The pauses show what requests take without copies, now and on this
-//! machine, so that nothing has to be known of either.
+//! machine, so that nothing has to be known of either. Looks of a scrub, which has more time, go out one by one while clients
+//! are at work, each after a rest.
 
 use std::time::Duration;
 
 use super::Time;
 
-/// With so little to spend nothing begins: many small bursts would leave no pause.
-const BURST_BYTES_MIN: u64 = 1 << 20;
 const ADJUST_EVERY: Duration = Duration::from_millis(250);
 /// Clients that asked for nothing for so long are idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 const RATE_MAX: u64 = 4 << 30;
 /// Bursts of so much time's worth, at most.
 const BURST_TIME_MAX: Duration = Duration::from_millis(250);
+/// While clients are at work a scrub rests after each look for so many times as long as that took.
+const RESTS: u32 = 4;
 
 /// Mean and deviation, smoothed as TCP does it.
 #[derive(Clone, Copy, Debug)]
@@ -34,10 +36,12 @@ fn note(typical: &mut Option<Typical>, sample: Duration) {
     });
 }
 
-/// The rate of one resync.
+/// The rate of one resync or scrub.
 #[derive(Debug)]
 pub(super) struct Rate {
     floor: u64,
+    /// With so little to spend nothing begins.
+    burst_bytes_min: u64,
     bytes_per_second: u64,
     tokens: u64,
     refilled_at: Time,
@@ -49,15 +53,29 @@ pub(super) struct Rate {
     copying_until: Time,
     /// A burst has begun and tokens are left.
     bursting: bool,
+    /// Of a scrub: while clients are at work there are no bursts, but single looks and rests.
+    rests: Option<Rests>,
+}
+
+/// When a scrub looks while clients are at work.
+#[derive(Clone, Copy, Debug)]
+struct Rests {
+    /// Since when a look is under way.
+    looking_since: Option<Time>,
+    /// When the last one was paid for, and its bytes.
+    paid: (Time, u64),
+    until: Time,
 }
 
 impl Rate {
-    pub(super) fn new(floor: u64, now: Time) -> Rate {
+    /// Of a resync, in bursts of so many bytes at least.
+    pub(super) fn new(floor: u64, burst_bytes_min: u64, now: Time) -> Rate {
         let floor = floor.min(RATE_MAX);
         Rate {
             floor,
             bytes_per_second: floor,
-            tokens: BURST_BYTES_MIN,
+            burst_bytes_min,
+            tokens: burst_bytes_min,
             refilled_at: now,
             adjusted_at: now,
             quiet: None,
@@ -65,7 +83,14 @@ impl Rate {
             client_at: None,
             copying_until: Time::ZERO,
             bursting: false,
+            rests: None,
         }
+    }
+
+    /// Of a scrub, in looks of so many bytes while clients are at work; until it is known better they are.
+    pub(super) fn with_rests(floor: u64, look_bytes: u64, now: Time) -> Rate {
+        let rests = Rests { looking_since: None, paid: (now, 0), until: now };
+        Rate { client_at: Some(now), rests: Some(rests), ..Rate::new(floor, look_bytes, now) }
     }
 
     /// A client's request that was taken at `asked_at` was answered now.
@@ -74,6 +99,27 @@ impl Rate {
         let took = now.saturating_sub(asked_at);
         let met_copies = asked_at <= self.copying_until;
         note(if met_copies { &mut self.busy } else { &mut self.quiet }, took);
+    }
+
+    /// Clients wait for answers, however long ago they asked.
+    pub(super) fn clients_wait(&mut self, now: Time) {
+        self.client_at = Some(now);
+    }
+
+    /// Whether looks of a scrub are under way. When the last one has ended, a rest begins.
+    pub(super) fn looking(&mut self, is_under_way: bool, now: Time) {
+        if is_under_way {
+            self.copying(now);
+        }
+        let floor = self.floor.max(1);
+        let Some(rests) = &mut self.rests else { return };
+        if is_under_way {
+            rests.looking_since.get_or_insert(now);
+        } else if let Some(since) = rests.looking_since.take() {
+            let (paid_at, bytes) = rests.paid;
+            let floor_allows = Duration::from_micros(bytes.saturating_mul(1_000_000) / floor);
+            rests.until = (now + now.saturating_sub(since) * RESTS).min(paid_at + floor_allows);
+        }
     }
 
     /// Copies are under way.
@@ -104,22 +150,31 @@ impl Rate {
         .clamp(self.floor, RATE_MAX);
     }
 
-    /// Whether a copy of `bytes` may begin now; if so it is paid for.
+    /// Whether a copy or look of `bytes` may begin now; if so it is paid for.
     pub(super) fn take(&mut self, bytes: u64, now: Time) -> bool {
         self.adjust(now);
+        let keeps_little = self.rests.is_some() && !self.is_idle(now);
         let passed = now.saturating_sub(self.refilled_at);
         let earned = (u128::from(self.bytes_per_second) * passed.as_micros() / 1_000_000) as u64;
+        let burst = self.bytes_per_second * BURST_TIME_MAX.as_millis() as u64 / 1000;
+        let most = if keeps_little { self.burst_bytes_min } else { burst.max(self.burst_bytes_min) };
+        if earned > 0 || keeps_little {
+            self.tokens = self.tokens.saturating_add(earned).min(most);
+        }
         if earned > 0 {
-            let most = (self.bytes_per_second * BURST_TIME_MAX.as_millis() as u64 / 1000).max(BURST_BYTES_MIN);
-            self.tokens = (self.tokens + earned).min(most);
             self.refilled_at = now;
         }
-        if !self.bursting && self.tokens < BURST_BYTES_MIN {
+        let rests = keeps_little && self.rests.is_some_and(|rests| now < rests.until);
+        if rests || (!self.bursting && self.tokens < self.burst_bytes_min) {
             return false;
         }
         self.bursting = self.tokens > bytes;
         let pays = self.bursting || self.tokens >= bytes;
         self.tokens = self.tokens.saturating_sub(if pays { bytes } else { 0 });
+        if let Some(rests) = self.rests.as_mut().filter(|_| pays) {
+            rests.paid = (now, bytes);
+            rests.looking_since = Some(now);
+        }
         pays
     }
 }
@@ -155,13 +210,13 @@ mod tests {
 
     #[test]
     fn without_clients_it_grows_without_end() {
-        let mut rate = Rate::new(8 * MIB, Time::ZERO);
+        let mut rate = Rate::new(8 * MIB, MIB, Time::ZERO);
         assert!(copied(&mut rate, Time::ZERO, 5, None) > 1000 * MIB);
     }
 
     #[test]
     fn clients_that_suffer_slow_it_down_to_the_floor_and_not_below() {
-        let mut rate = Rate::new(8 * MIB, Time::ZERO);
+        let mut rate = Rate::new(8 * MIB, MIB, Time::ZERO);
         copied(&mut rate, Time::ZERO, 3, None);
         let suffering = Some((Duration::from_micros(300), Duration::from_micros(1500)));
         copied(&mut rate, ms(3000), 5, suffering);
@@ -171,15 +226,79 @@ mod tests {
 
     #[test]
     fn a_floor_above_what_any_disk_does_is_no_limit() {
-        let mut rate = Rate::new(64 << 30, Time::ZERO);
+        let mut rate = Rate::new(64 << 30, MIB, Time::ZERO);
         assert!(copied(&mut rate, Time::ZERO, 1, None) > 1000 * MIB);
     }
 
     #[test]
     fn clients_that_notice_nothing_do_not_slow_it_down() {
-        let mut rate = Rate::new(8 * MIB, Time::ZERO);
+        let mut rate = Rate::new(8 * MIB, MIB, Time::ZERO);
         let content = Some((Duration::from_micros(300), Duration::from_micros(330)));
         let bytes = copied(&mut rate, Time::ZERO, 10, content);
         assert!(bytes > 160 * MIB, "{} MiB in 10 s", bytes / MIB);
+    }
+
+    const LOOK: u64 = MIB / 4;
+
+    /// Looks one by one for so many ms while clients are at work; each look takes `took_ms`. When each began, ms.
+    fn looked(rate: &mut Rate, from_ms: u64, for_ms: u64, took_ms: u64) -> Vec<u64> {
+        let (mut begun, mut until_ms) = (Vec::new(), from_ms);
+        for at in from_ms..from_ms + for_ms {
+            rate.clients_wait(ms(at));
+            rate.client_answered(ms(at), ms(at));
+            rate.looking(at < until_ms, ms(at));
+            if at >= until_ms && rate.take(LOOK, ms(at)) {
+                assert!(!rate.take(LOOK, ms(at)), "a second look at once");
+                begun.push(at);
+                until_ms = at + took_ms;
+                rate.looking(true, ms(at));
+            }
+        }
+        begun
+    }
+
+    #[test]
+    fn a_scrub_looks_once_at_a_time_while_clients_are_at_work_and_not_below_its_floor() {
+        let mut rate = Rate::with_rests(4 * MIB, LOOK, Time::ZERO);
+        assert!(!rate.is_idle(ms(400)), "nobody knows yet that there are no clients");
+        let begun = looked(&mut rate, 0, 10_000, 1);
+        assert!(begun.windows(2).all(|pair| pair[1] - pair[0] >= 5), "{begun:?}");
+        assert!(begun.len() as u64 * LOOK >= 36 * MIB, "{} looks in 10 s", begun.len());
+    }
+
+    #[test]
+    fn a_scrub_rests_four_times_as_long_as_a_look_took_unless_that_falls_under_its_floor() {
+        let mut rate = Rate::with_rests(4 * MIB, LOOK, Time::ZERO);
+        // What it may spend is no limit: nobody was there for long, and clients take no notice.
+        for at in 0..3000 {
+            rate.take(0, ms(at));
+        }
+        assert!(rate.is_idle(ms(3000)));
+        let quick = looked(&mut rate, 3000, 500, 3);
+        assert!(quick.windows(2).all(|pair| pair[1] - pair[0] == 15), "{quick:?}");
+        let slow = looked(&mut rate, 3600, 500, 40);
+        assert!(slow.windows(2).all(|pair| (62..=63).contains(&(pair[1] - pair[0]))), "{slow:?}");
+    }
+
+    #[test]
+    fn what_a_scrub_may_spend_shrinks_to_one_look_when_clients_come_and_grows_when_they_go() {
+        let mut rate = Rate::with_rests(64 * MIB, LOOK, Time::ZERO);
+        for at in 0..3000 {
+            rate.take(0, ms(at));
+        }
+        assert!(rate.take(LOOK, ms(3000)) && rate.take(LOOK, ms(3000)), "nobody is there");
+        rate.clients_wait(ms(3000));
+        assert!(rate.take(LOOK, ms(3000)));
+        assert!(!rate.take(LOOK, ms(3000)), "somebody is");
+    }
+
+    #[test]
+    fn clients_that_wait_long_for_an_answer_are_not_idle() {
+        let mut rate = Rate::with_rests(4 * MIB, LOOK, Time::ZERO);
+        for at in (0..5000).step_by(5) {
+            rate.clients_wait(ms(at));
+        }
+        assert!(!rate.is_idle(ms(5400)));
+        assert!(rate.is_idle(ms(5600)));
     }
 }

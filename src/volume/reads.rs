@@ -271,6 +271,11 @@ impl<T> Reads<T> {
         self.ops.remove(&read).map(|op| op.token)
     }
 
+    /// Whether no request waits for an answer.
+    pub(super) fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
     /// Takes all requests.
     pub(super) fn take_all(&mut self) -> Vec<T> {
         let ended: Vec<u64> = self.pieces.keys().copied().collect();

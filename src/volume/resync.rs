@@ -37,6 +37,8 @@ const LIST_PATIENCE: Duration = Duration::from_millis(500);
 /// How often members are told how far the copying is.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 const SPEED_OVER: Duration = Duration::from_secs(2);
+/// Copies go out so many bytes at a time, at least: many small bursts would leave no pause.
+const BURST_BYTES_MIN: u64 = 1 << 20;
 
 /// A replica being brought back.
 #[derive(Debug)]
@@ -191,7 +193,7 @@ impl<T> Volume<T> {
             full,
             step: Step::Promise,
             step_since: now,
-            rate: Rate::new(self.settings.resync_rate_min, now),
+            rate: Rate::new(self.settings.resync_rate_min, BURST_BYTES_MIN, now),
             told_at: now,
             told: (0, Seq(0)),
             speed_from: (0, now),

@@ -27,8 +27,8 @@ use chunks::{Chunks, Looked, Question};
 
 /// Chunks under way, at most, and bytes of one, while no client asks for anything.
 const IDLE: (usize, u64) = (4, 256 * 1024);
-/// The same while clients are at work: none of them waits for more than one short read, nor a record for being applied.
-const BUSY: (usize, u64) = (1, 64 * 1024);
+/// The same while clients are at work: none of them waits for more than one read, nor a record for being applied.
+const BUSY: (usize, u64) = (1, 256 * 1024);
 /// Chunks that are not done with, at most: of some a bad copy is being repaired.
 const CHUNKS_MAX: usize = 16;
 /// A member in force that is out of reach is waited for so long: it comes back, or leaves the view.
@@ -123,7 +123,7 @@ impl<T> Volume<T> {
         }
         let chunks = Chunks::new(self.size_bytes, from.position, from.found);
         let position = chunks.position();
-        let rate = Rate::new(self.settings.scrub_rate_min, now);
+        let rate = Rate::with_rests(self.settings.scrub_rate_min, BUSY.1, now);
         let members = self.scrub_view();
         let speed_from = (position, now);
         self.scrub = Some(Scrub { chunks, members, rate, absent: BTreeMap::new(), speed_from, bytes_per_second: 0 });
@@ -141,6 +141,7 @@ impl<T> Volume<T> {
         if !matches!(self.phase, Phase::Serving) || self.stopping || self.scrub.is_none() {
             return;
         }
+        self.pace_scrub(now);
         self.look_for_joined();
         self.look_for_absent(now);
         self.give_up_late_looks(now);
@@ -150,14 +151,22 @@ impl<T> Volume<T> {
         }
         let Some(scrub) = &mut self.scrub else { return };
         scrub.measure_speed(now);
-        if scrub.chunks.asking() > 0 {
-            scrub.rate.copying(now);
-        }
+        scrub.rate.looking(scrub.chunks.asking() > 0, now);
         if scrub.chunks.is_done() {
             let mark = scrub.mark();
             self.scrub = None;
             self.notice(Notice::ScrubEnded { mark, is_finished: true });
         }
+    }
+
+    fn pace_scrub(&mut self, now: Time) {
+        let is_idle = self.held.is_empty() && self.write_acks.is_empty() && self.flush_acks.is_empty();
+        let clients_wait = !(is_idle && self.reads.is_empty());
+        let Some(scrub) = &mut self.scrub else { return };
+        if clients_wait {
+            scrub.rate.clients_wait(now);
+        }
+        scrub.rate.looking(scrub.chunks.asking() > 0, now);
     }
 
     /// Members in force that can be asked, and how many there are in force.
