@@ -295,23 +295,25 @@ impl Chunk {
 }
 
 impl ScrubFound {
-    /// Counts a chunk that is done with; `still` is bad, as the last look at it showed.
+    /// Counts a chunk that is done with; `still` is bad, as the last look at it showed. What was counted before may have come
+    /// from a file and be anything.
     fn add(&mut self, chunk: &Chunk, answers: &BTreeMap<PeerId, Vec<BlockFound>>, still: &BTreeSet<(usize, PeerId)>) {
+        let add = |count: &mut u64, more: u64| *count = count.saturating_add(more);
         for (copy, what) in &chunk.bad {
             match what {
-                Damage::ChecksumMismatch | Damage::Unreadable => self.bad_blocks += 1,
-                Damage::Differs => self.differing_blocks += 1,
+                Damage::ChecksumMismatch | Damage::Unreadable => add(&mut self.bad_blocks, 1),
+                Damage::Differs => add(&mut self.differing_blocks, 1),
             }
             let (is_bad, is_member) = (still.contains(copy), answers.contains_key(&copy.1));
-            self.repaired_blocks += u64::from(!is_bad && is_member);
-            self.unrepaired_blocks += u64::from(is_bad && !chunk.hopeless.contains_key(&copy.0));
+            add(&mut self.repaired_blocks, u64::from(!is_bad && is_member));
+            add(&mut self.unrepaired_blocks, u64::from(is_bad && !chunk.hopeless.contains_key(&copy.0)));
         }
         for is_tie in chunk.hopeless.values() {
             // Where nothing tells good copies from bad ones, the block counts, not its copies.
-            self.differing_blocks += u64::from(*is_tie);
-            self.unrepaired_blocks += 1;
+            add(&mut self.differing_blocks, u64::from(*is_tie));
+            add(&mut self.unrepaired_blocks, 1);
         }
-        self.incomplete_bytes += if chunk.is_incomplete { chunk.range.length } else { 0 };
+        add(&mut self.incomplete_bytes, if chunk.is_incomplete { chunk.range.length } else { 0 });
     }
 }
 
