@@ -297,10 +297,11 @@ impl Engine {
             }
         }
         let catch_up_until = Instant::now() + CATCH_UP_MAX;
+        let keeping: Vec<_> = self.volumes.iter().map(VolumeTask::keep_scrub).collect();
         for volume in &self.volumes {
-            volume.keep_scrub(true).await;
             volume.stop(catch_up_until).await;
         }
+        scrubbing::kept(keeping, catch_up_until).await;
         let close_until = Instant::now() + CLOSE_MAX;
         let mut outcome = Ok(());
         let closing: Vec<_> =

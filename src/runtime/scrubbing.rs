@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use protocol::BLOCK_BYTES;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::volume_task::VolumeTask;
@@ -47,15 +50,18 @@ pub(super) struct Scrubbing {
     interval: Option<Duration>,
     file: Option<PathBuf>,
     state: Mutex<State>,
+    /// Held by who writes the file.
+    writing: Mutex<()>,
 }
 
 #[derive(Default)]
 struct State {
     kept: Kept,
     written: Kept,
-    written_at_ms: u64,
+    tried_at_ms: u64,
     /// The volume serves, and what an engine before was at goes on.
     is_resumed: bool,
+    /// The last attempt to write it down failed, and that was said.
     is_warned: bool,
     /// At the last look there was no scrub, and nobody had said that it ended.
     is_astray: bool,
@@ -78,6 +84,25 @@ fn mark(running: Running) -> ScrubMark {
     ScrubMark { position: running.position, found }
 }
 
+impl Kept {
+    /// With times of the future, which a clock that was wrong left, made to be now: else no scrub would be due for long.
+    fn not_after(mut self, now_ms: u64) -> Kept {
+        let running = self.running.as_mut().map(|running| &mut running.began_ms);
+        let last = self.last.as_mut().map(|last| [&mut last.began_ms, &mut last.ended_ms]);
+        for time_ms in [&mut self.since_ms].into_iter().chain(running).chain(last.into_iter().flatten()) {
+            *time_ms = (*time_ms).min(now_ms);
+        }
+        self
+    }
+}
+
+impl Running {
+    /// Whether a scrub of a volume of this size can be there.
+    fn fits(&self, size_bytes: u64) -> bool {
+        self.position <= size_bytes && self.position.is_multiple_of(BLOCK_BYTES)
+    }
+}
+
 impl Scrubbing {
     /// Takes up what an engine before left in `directory`.
     pub(super) fn new(volume: &str, interval: Option<Duration>, directory: Option<&Path>) -> Scrubbing {
@@ -89,9 +114,10 @@ impl Scrubbing {
                 None
             }
         });
-        let kept = kept.unwrap_or_else(|| Kept { since_ms: now_ms(), ..Kept::default() });
+        let now_ms = now_ms();
+        let kept = kept.map_or_else(|| Kept { since_ms: now_ms, ..Kept::default() }, |kept| kept.not_after(now_ms));
         let state = State { kept, ..State::default() };
-        Scrubbing { interval, file, state: Mutex::new(state) }
+        Scrubbing { interval, file, state: Mutex::new(state), writing: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -130,7 +156,12 @@ impl Scrubbing {
         if !std::mem::replace(&mut state.is_resumed, true)
             && let Some(running) = state.kept.running
         {
-            return Some(Command::Scrub { from: mark(running) });
+            let fits = running.fits(snapshot.size_bytes);
+            if !fits {
+                warn!("the scrub of the engine before cannot have been at byte {}: it begins anew", running.position);
+                state.kept.running = None;
+            }
+            return Some(Command::Scrub { from: if fits { mark(running) } else { ScrubMark::default() } });
         }
         match &snapshot.scrub {
             Some(scrub) => {
@@ -160,24 +191,30 @@ impl Scrubbing {
     /// Writes down what changed: now and then while a scrub is under way, else at once.
     fn keep(&self, now_ms: u64, at_once: bool) {
         let Some(file) = &self.file else { return };
+        let _writing = self.writing.lock().expect("no thread panicked with the lock");
         let kept = {
             let mut state = self.lock();
             let is_new = state.kept.last != state.written.last
                 || state.kept.running.is_some() != state.written.running.is_some()
                 || state.kept.uuid != state.written.uuid;
-            let is_time = u128::from(now_ms.saturating_sub(state.written_at_ms)) >= KEEP_EVERY.as_millis();
-            if state.kept == state.written || !(is_new || is_time || at_once) {
+            let is_time = u128::from(now_ms.saturating_sub(state.tried_at_ms)) >= KEEP_EVERY.as_millis();
+            // What failed is not tried again at once.
+            let is_due = is_time || at_once || (is_new && !state.is_warned);
+            if state.kept == state.written || !is_due {
                 return;
             }
-            state.written = state.kept.clone();
-            state.written_at_ms = now_ms;
+            state.tried_at_ms = now_ms;
             state.kept.clone()
         };
-        if let Err(error) = write(file, &kept) {
-            let is_warned = std::mem::replace(&mut self.lock().is_warned, true);
-            if !is_warned {
+        let result = write(file, &kept);
+        let mut state = self.lock();
+        let was_warned = std::mem::replace(&mut state.is_warned, result.is_err());
+        match result {
+            Ok(()) => state.written = kept,
+            Err(error) if !was_warned => {
                 warn!("{} cannot be written, so that a scrub begins anew after a restart: {error}", file.display());
             }
+            Err(_) => {}
         }
     }
 
@@ -255,7 +292,8 @@ pub(super) async fn look_after(task: Weak<VolumeTask>) {
             // It was refused if somebody was faster, or if the volume serves no more.
             let _ = task.command(command);
         }
-        task.keep_scrub(false).await;
+        // A state directory may be on a slow disk. One that panics keeps nothing.
+        let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), false)).await;
     }
 }
 
@@ -270,15 +308,19 @@ impl VolumeTask {
         Ok(format!("volume {} is being scrubbed", self.name()))
     }
 
-    /// Writes down how far a scrub is.
-    pub(super) async fn keep_scrub(self: &Arc<Self>, at_once: bool) {
+    /// Begins to write down how far a scrub is; when this is ready, it is done. A disk may never be done with it.
+    pub(super) fn keep_scrub(self: &Arc<Self>) -> JoinHandle<()> {
+        // What it would have the volume do now is left to the next engine.
+        let _ = self.scrubbing.look(&self.snapshot().0, now_ms());
         let task = self.clone();
-        if at_once {
-            // What it would have the volume do now is left to the next engine.
-            let _ = task.scrubbing.look(&task.snapshot().0, now_ms());
-        }
-        // A state directory may be on a slow disk. One that panics keeps nothing.
-        let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), at_once)).await;
+        tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), true))
+    }
+}
+
+/// Waits until all is written down, or gives up: how far a scrub was is not worth waiting for a disk that hangs.
+pub(super) async fn kept(keeping: Vec<JoinHandle<()>>, deadline: Instant) {
+    for keeping in keeping {
+        let _ = tokio::time::timeout_at(deadline, keeping).await;
     }
 }
 
@@ -393,5 +435,52 @@ mod tests {
         scrubbing.look(&snapshot(1, Some(MIB)), now_ms());
         scrubbing.keep(now_ms(), true);
         assert_eq!(scrubbing.status(None).done_bytes, MIB);
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_when_it_can_be() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("state");
+        std::fs::write(&file, "in the way").expect("it can be written");
+        let open = || Scrubbing::new("v", Some(HOUR), Some(&file));
+        let scrubbing = open();
+        scrubbing.look(&snapshot(1, Some(MIB)), 0);
+        scrubbing.keep(0, true);
+        assert!(scrubbing.lock().is_warned && scrubbing.lock().written == Kept::default());
+        std::fs::remove_file(&file).expect("it can be removed");
+        scrubbing.keep(KEEP_EVERY.as_millis() as u64, false);
+        assert!(!scrubbing.lock().is_warned, "the next failure is told again");
+        assert_eq!(open().status(None).done_bytes, MIB);
+    }
+
+    #[test]
+    fn a_position_that_no_scrub_can_have_been_at_is_not_gone_by() {
+        for (position, from) in [(8 * MIB, 8 * MIB), (8 * MIB + BLOCK_BYTES, 0), (u64::MAX, 0), (MIB + 1, 0)] {
+            let scrubbing = Scrubbing::new("v", None, None);
+            let counts = ScrubCounts { bad_blocks: u64::MAX, ..ScrubCounts::default() };
+            scrubbing.lock().kept.running = Some(Running { began_ms: 0, position, counts });
+            let Some(Command::Scrub { from: mark }) = scrubbing.look(&snapshot(1, None), 0) else { panic!("a scrub") };
+            assert_eq!((mark.position, mark.found.bad_blocks), (from, if from == 0 { 0 } else { u64::MAX }));
+        }
+    }
+
+    #[test]
+    fn times_of_the_future_are_taken_to_be_now() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let last =
+            ScrubResult { began_ms: u64::MAX, ended_ms: u64::MAX, is_finished: true, counts: ScrubCounts::default() };
+        let kept = Kept { uuid: String::new(), since_ms: u64::MAX, running: None, last: Some(last) };
+        write(&dir.path().join("scrub-v.json"), &kept).expect("it can be written");
+        let before = now_ms();
+        let next_ms = Scrubbing::new("v", Some(HOUR), Some(dir.path())).status(None).next_ms.expect("it is planned");
+        assert!((before + HOUR_MS..=now_ms() + HOUR_MS).contains(&next_ms));
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_is_not_waited_for_longer_than_the_deadline() {
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let hangs = tokio::task::spawn_blocking(move || assert!(released.recv().is_err()));
+        kept(vec![tokio::spawn(async {}), hangs], Instant::now() + Duration::from_millis(10)).await;
+        drop(release);
     }
 }
