@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use hyper::Method;
+use listener_agent::config::ByteSize;
 use listener_agent::console::{Failure, say};
 use serde_json::{Value, json};
 
@@ -70,7 +71,11 @@ pub(super) async fn scrub(args: ScrubArgs) -> Result<(), Failure> {
     let result = progress::until_scrubbed(&url, &args.volume).await?;
     let found = result.counts.describe();
     if !result.is_finished {
-        return Err(Failure::failed(format_args!("the scrub of volume {} was stopped: {found}", args.volume)));
+        let done = ByteSize::from_bytes(result.done_bytes).human();
+        return Err(Failure::failed(format_args!(
+            "the scrub of volume {} was stopped after {done}: {found}",
+            args.volume
+        )));
     }
     if result.counts.unrepaired_blocks > 0 || result.counts.incomplete_bytes > 0 {
         return Err(Failure::failed(format_args!("volume {} is scrubbed: {found}", args.volume))

@@ -139,7 +139,29 @@ impl Scrubbing {
         let mut state = self.lock();
         let ended_ms = now_ms();
         let began_ms = state.kept.running.take().map_or(ended_ms, |running| running.began_ms);
-        state.kept.last = Some(ScrubResult { began_ms, ended_ms, is_finished, counts: counts(mark.found) });
+        state.kept.last = Some(ScrubResult {
+            began_ms,
+            ended_ms,
+            is_finished,
+            done_bytes: mark.position,
+            counts: counts(mark.found),
+        });
+    }
+
+    /// Ends what an engine before was at, if that has not gone on yet; whether there was such a scrub of this volume.
+    fn stop_kept(&self, uuid: Option<&str>) -> bool {
+        let running = {
+            let state = self.lock();
+            let is_of_this = state.kept.uuid.is_empty() || uuid.is_none_or(|uuid| state.kept.uuid == uuid);
+            if state.is_resumed || !is_of_this {
+                return false;
+            }
+            state.kept.running
+        };
+        if let Some(running) = running {
+            self.ended(mark(running), false);
+        }
+        running.is_some()
     }
 
     /// Brings it up to the volume as it is; returns what the volume is to do.
@@ -300,11 +322,17 @@ pub(super) async fn look_after(task: Weak<VolumeTask>) {
 impl VolumeTask {
     /// Begins a scrub, or ends the one under way.
     pub(super) fn order_scrub(&self, stop: bool) -> Result<String, CommandRefusal> {
+        let (snapshot, _) = self.snapshot();
         if stop {
-            self.command(Command::StopScrub)?;
+            let uuid = snapshot.uuid.map(|uuid| uuid.to_string());
+            if !self.scrubbing.stop_kept(uuid.as_deref()) {
+                self.command(Command::StopScrub)?;
+            }
             return Ok(format!("the scrub of volume {} is stopped", self.name()));
         }
-        self.command(Command::Scrub { from: ScrubMark::default() })?;
+        // What an engine before was at goes on.
+        let kept = self.scrubbing.look(&snapshot, now_ms());
+        self.command(kept.unwrap_or(Command::Scrub { from: ScrubMark::default() }))?;
         Ok(format!("volume {} is being scrubbed", self.name()))
     }
 
@@ -467,8 +495,13 @@ mod tests {
     #[test]
     fn times_of_the_future_are_taken_to_be_now() {
         let dir = tempfile::tempdir().expect("a directory");
-        let last =
-            ScrubResult { began_ms: u64::MAX, ended_ms: u64::MAX, is_finished: true, counts: ScrubCounts::default() };
+        let last = ScrubResult {
+            began_ms: u64::MAX,
+            ended_ms: u64::MAX,
+            is_finished: true,
+            done_bytes: 0,
+            counts: ScrubCounts::default(),
+        };
         let kept = Kept { uuid: String::new(), since_ms: u64::MAX, running: None, last: Some(last) };
         write(&dir.path().join("scrub-v.json"), &kept).expect("it can be written");
         let before = now_ms();
@@ -482,5 +515,20 @@ mod tests {
         let hangs = tokio::task::spawn_blocking(move || assert!(released.recv().is_err()));
         kept(vec![tokio::spawn(async {}), hangs], Instant::now() + Duration::from_millis(10)).await;
         drop(release);
+    }
+
+    #[test]
+    fn what_an_engine_before_was_at_can_be_stopped_before_it_goes_on() {
+        let running = Running { began_ms: 5, position: 3 * MIB, counts: ScrubCounts::default() };
+        let uuid = snapshot(1, None).uuid.expect("it has one").to_string();
+        let scrubbing = Scrubbing::new("v", None, None);
+        scrubbing.lock().kept = Kept { uuid, running: Some(running), ..Kept::default() };
+        let other = snapshot(2, None).uuid.expect("it has one").to_string();
+        assert!(!scrubbing.stop_kept(Some(&other)));
+        assert!(scrubbing.stop_kept(None));
+        let last = scrubbing.status(None).last.expect("it is told how that ended");
+        assert_eq!((last.began_ms, last.done_bytes, last.is_finished), (5, 3 * MIB, false));
+        assert!(!scrubbing.stop_kept(None), "there is none any more");
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), 0)), None);
     }
 }

@@ -64,7 +64,9 @@ pub struct ScrubResult {
     pub ended_ms: u64,
     /// Whether it came to the end of the volume; else it was stopped.
     pub is_finished: bool,
-    /// What it found.
+    /// Bytes that it was done with.
+    pub done_bytes: u64,
+    /// What it found in these.
     pub counts: ScrubCounts,
 }
 
@@ -106,8 +108,12 @@ impl ScrubStatus {
             ScrubState::Running | ScrubState::Waiting => format!("scrub {}", self.progress()),
             ScrubState::Idle => {
                 let last = self.last.map_or("none yet".to_owned(), |last| {
-                    let how = if last.is_finished { "finished" } else { "stopped" };
-                    format!("{how} {}, {}", utc(last.ended_ms), last.counts.describe())
+                    let (when, found) = (utc(last.ended_ms), last.counts.describe());
+                    if last.is_finished {
+                        format!("finished {when}, {found}")
+                    } else {
+                        format!("stopped {when}, of {} looked at: {found}", human(last.done_bytes))
+                    }
                 });
                 let next = self.next_ms.map(|ms| format!("; next {}", utc(ms))).unwrap_or_default();
                 format!("scrub: {last}{next}")
@@ -165,9 +171,12 @@ mod tests {
         assert!(waiting.line().starts_with("scrub 25 % of 2 GiB, waits: replica c is being brought back; so far"));
         assert_eq!(ScrubStatus::default().line(), "scrub: none yet");
         let counts = ScrubCounts { unrepaired_blocks: 1, incomplete_bytes: 4096, ..ScrubCounts::default() };
-        let last = Some(ScrubResult { began_ms: 0, ended_ms: 60_000, is_finished: false, counts });
+        let last = Some(ScrubResult { began_ms: 0, ended_ms: 60_000, is_finished: false, done_bytes: 4 << 20, counts });
         let idle = ScrubStatus { last, next_ms: Some(86_400_000), ..ScrubStatus::default() };
         let found = "0 bad blocks, 0 differing, 0 repaired, 1 not repaired, 4 KiB not compared with all replicas";
-        assert_eq!(idle.line(), format!("scrub: stopped 1970-01-01 00:01Z, {found}; next 1970-01-02 00:00Z"));
+        assert_eq!(
+            idle.line(),
+            format!("scrub: stopped 1970-01-01 00:01Z, of 4 MiB looked at: {found}; next 1970-01-02 00:00Z")
+        );
     }
 }
