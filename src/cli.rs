@@ -272,7 +272,7 @@ pub fn main() -> ExitCode {
     cli.console.init_logging();
     service::raise_file_limit();
     let passed = service::passed_sockets();
-    console::run(PROGRAM, async {
+    console::run(PROGRAM, console::processors(), async {
         let sockets = serve::listening(passed?)?;
         match cli.command {
             Command::Demo(args) => demo::run(args, sockets).await,

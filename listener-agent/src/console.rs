@@ -6,6 +6,7 @@
 use std::fmt::Display;
 use std::future::Future;
 use std::io::{self, Write};
+use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -80,11 +81,19 @@ impl Failure {
     }
 }
 
+/// Processors that this process may use.
+#[must_use]
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
+}
+
 /// Runs a program to its end: a new runtime, the command in it, the failure on standard error, the exit code.
 ///
 /// Background work that is still running at the end is abandoned, so that a stuck disk cannot hold up the exit.
-pub fn run(program: &str, command: impl Future<Output = Result<(), Failure>>) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+///
+/// `threads` look after connections.
+pub fn run(program: &str, threads: usize, command: impl Future<Output = Result<(), Failure>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build();
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(command);

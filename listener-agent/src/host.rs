@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -46,12 +47,42 @@ struct State {
     stopping: bool,
 }
 
+/// Work of one sort, which a thread or several wait for. To call one costs a system call, even if none waits.
+#[derive(Default)]
+struct Work {
+    called: Condvar,
+    /// Threads that wait. Changes under the lock only.
+    waiting: AtomicUsize,
+    /// Until when they wait if nobody calls, us since the start. Likewise.
+    until_us: AtomicU64,
+}
+
+impl Work {
+    /// Whether somebody is to be called for what is there now.
+    fn has_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether somebody is to be called who would not look before `due`.
+    fn sleeps_past(&self, due: Time) -> bool {
+        self.has_waiting() && u128::from(self.until_us.load(Ordering::Relaxed)) > due.as_micros()
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, now: Time, time: Duration) -> MutexGuard<'a, State> {
+        self.until_us.store(u64::try_from((now + time).as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let state = self.called.wait_timeout(state, time).expect("no thread panicked with the lock").0;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        state
+    }
+}
+
 struct Shared {
     state: Mutex<State>,
-    journal_work: Condvar,
-    apply_work: Condvar,
-    metadata_work: Condvar,
-    read_work: Condvar,
+    journal_work: Work,
+    apply_work: Work,
+    metadata_work: Work,
+    read_work: Work,
     closed: Condvar,
     files: ReplicaFiles,
     image: Image,
@@ -95,10 +126,10 @@ impl ReplicaHost {
         let state = State { replica, sinks: BTreeMap::new(), next_session: 1, apply_since: None, stopping: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            journal_work: Condvar::new(),
-            apply_work: Condvar::new(),
-            metadata_work: Condvar::new(),
-            read_work: Condvar::new(),
+            journal_work: Work::default(),
+            apply_work: Work::default(),
+            metadata_work: Work::default(),
+            read_work: Work::default(),
             closed: Condvar::new(),
             image: opened.image,
             files: opened.files,
@@ -181,7 +212,7 @@ impl ReplicaHost {
         self.shared.lock().stopping = true;
         let shared = &self.shared;
         for work in [&shared.journal_work, &shared.apply_work, &shared.metadata_work, &shared.read_work] {
-            work.notify_all();
+            work.called.notify_all();
         }
         for thread in self.threads.lock().expect("no thread panicked with the lock").drain(..) {
             // A panic of a worker was reported when it happened.
@@ -265,23 +296,25 @@ impl Shared {
                 said.push((sink.clone(), message));
             }
         }
-        if state.begins_to_have_apply(now) {
-            self.apply_work.notify_one();
-        }
+        let applies = state.begins_to_have_apply(now) && self.apply_work.has_waiting();
         let replica = &state.replica;
-        if replica.has_group() {
-            self.journal_work.notify_one();
-        }
-        if replica.has_metadata(now) || replica.metadata_due_at().is_some() {
-            self.metadata_work.notify_one();
-        }
-        if replica.has_read() || replica.has_fetch() || replica.has_extend() {
-            self.read_work.notify_one();
-        }
+        let journals = replica.has_group() && self.journal_work.has_waiting();
+        let writes_metadata = (replica.has_metadata(now) && self.metadata_work.has_waiting())
+            || replica.metadata_due_at().is_some_and(|due| self.metadata_work.sleeps_past(due));
+        let reads = (replica.has_read() || replica.has_fetch() || replica.has_extend()) && self.read_work.has_waiting();
         if replica.is_closed() || replica.condition() == Condition::Poisoned {
             self.closed.notify_all();
         }
         drop(state);
+        let called = [
+            (journals, &self.journal_work),
+            (reads, &self.read_work),
+            (applies, &self.apply_work),
+            (writes_metadata, &self.metadata_work),
+        ];
+        for (_, work) in called.iter().filter(|(is_called, _)| *is_called) {
+            work.called.notify_one();
+        }
         for (sink, message) in said {
             sink(message);
         }
@@ -291,7 +324,7 @@ impl Shared {
     /// replica stops.
     fn next_job<J>(
         &self,
-        work: &Condvar,
+        work: &Work,
         due: fn(&State) -> Option<Time>,
         take: impl Fn(&mut State, Time) -> Option<J>,
     ) -> Option<J> {
@@ -305,13 +338,13 @@ impl Shared {
                 return Some(job);
             }
             // A journal without room asks for a checkpoint.
-            if state.replica.has_metadata(now) {
-                self.metadata_work.notify_one();
+            if state.replica.has_metadata(now) && self.metadata_work.has_waiting() {
+                self.metadata_work.called.notify_one();
             }
             let due_in = due(&state).map_or(IDLE_LOOK, |due| due.saturating_sub(now));
             // It may be due and not possible yet: whoever makes it possible says so.
             let wait = due_in.clamp(LOOK_MIN, IDLE_LOOK);
-            state = work.wait_timeout(state, wait).expect("no thread panicked with the lock").0;
+            state = work.wait(state, now, wait);
         }
     }
 

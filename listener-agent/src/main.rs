@@ -84,7 +84,8 @@ fn main() -> ExitCode {
     cli.console.init_logging();
     service::raise_file_limit();
     let passed = service::passed_sockets();
-    console::run(PROGRAM, async {
+    // Replicas have threads of their own for most of the work. More for connections would wake each other for nothing.
+    console::run(PROGRAM, console::processors() / 2, async {
         let passed = passed?;
         match (cli.command, cli.serve) {
             (Some(Command::Inspect { dir, json }), _) => inspect_directory(&dir, json),
