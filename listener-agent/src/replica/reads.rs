@@ -127,21 +127,45 @@ impl ReadQueue {
     pub(super) fn cancel(&mut self, session: SessionId, id: u64) -> bool {
         let before = self.len();
         let is_other = |job: &ReadJob| job.session != session || job.id != id;
-        for jobs in self.waiting.values_mut() {
-            jobs.retain(is_other);
-        }
-        self.waiting.retain(|_, jobs| !jobs.is_empty());
+        self.forget_waiting(is_other);
         self.ready.retain(is_other);
         self.len() < before
     }
 
     /// Forgets what other sessions asked for and what is not at work yet.
     pub(super) fn drop_session(&mut self, session: SessionId) {
+        let is_other = |job: &ReadJob| job.session != session;
+        self.forget_waiting(is_other);
+        self.ready.retain(is_other);
+    }
+
+    /// Forgets what waits, but for the reads that are to be kept.
+    fn forget_waiting(&mut self, is_kept: impl Fn(&ReadJob) -> bool) {
         for jobs in self.waiting.values_mut() {
-            jobs.retain(|j| j.session != session);
+            jobs.retain(&is_kept);
         }
         self.waiting.retain(|_, jobs| !jobs.is_empty());
         self.barriers_waiting = self.waiting.values().flatten().filter(|j| j.is_barrier()).count();
-        self.ready.retain(|j| j.session != session);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_barrier_that_is_cancelled_counts_no_more() {
+        let place = |seq| Place { seq: Seq(seq), copy: 0 };
+        let range = ByteRange { offset: 0, length: 4096 };
+        let scrub = |session, id| ReadJob { session, id, what: ReadKind::Scrub, range };
+        let mut reads = ReadQueue::default();
+        reads.wait_for(place(1), scrub(1, 7));
+        reads.wait_for(place(1), scrub(1, 8));
+        reads.wait_for(place(2), scrub(2, 7));
+        assert!(reads.cancel(1, 7) && reads.blocks(range, place(2)));
+        assert!(reads.cancel(1, 8) && !reads.blocks(range, place(2)));
+        assert_eq!(reads.barriers_waiting, 1, "the one of the other session");
+        assert!(reads.cancel(2, 7) && !reads.cancel(2, 7));
+        assert_eq!(reads.barriers_waiting, 0, "no record is compared with barriers that are not there");
     }
 }
