@@ -20,6 +20,7 @@ use protocol::scrub::BlockFound;
 use protocol::{BLOCK_BYTES, ReplicaName, Seq};
 
 use super::log::Log;
+use super::peer::READS_OUTSTANDING_MAX;
 use super::rate::Rate;
 use super::repair::Finding;
 use super::{CommandRefusal, Damage, Notice, PeerId, Phase, Time, Volume};
@@ -38,6 +39,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// After this time it is said that the scrub waits for it.
 const ANSWER_USUAL: Duration = Duration::from_secs(2);
 const SPEED_OVER: Duration = Duration::from_secs(2);
+/// A member with so many reads outstanding is not asked: looks have room beside what clients may have there, so that many
+/// reads of theirs do not end a scrub, and no more, if it answers none.
+const OUTSTANDING_MAX: usize = READS_OUTSTANDING_MAX + CHUNKS_MAX;
 
 /// What a scrub found. Blocks are counted once for each replica whose copy is concerned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,7 +97,7 @@ pub(super) struct Scrub {
     /// The view in force, as of the last look at it.
     members: Vec<ReplicaName>,
     rate: Rate,
-    /// Members that are out of reach, and since when each is.
+    /// Members that are out of reach or answer nothing, and since when each is or does.
     absent: BTreeMap<ReplicaName, Time>,
     speed_from: (u64, Time),
     bytes_per_second: u64,
@@ -133,6 +137,9 @@ impl<T> Volume<T> {
 
     pub(super) fn stop_scrub(&mut self) -> Result<(), CommandRefusal> {
         let scrub = self.scrub.take().ok_or(CommandRefusal::NotScrubbing)?;
+        for (id, peer) in scrub.chunks.unanswered() {
+            self.peers[peer].cancel(id);
+        }
         self.notice(Notice::ScrubEnded { mark: scrub.mark(), is_finished: false });
         Ok(())
     }
@@ -174,7 +181,8 @@ impl<T> Volume<T> {
         let Some(membership) = &self.membership else { return (Vec::new(), 0) };
         let can = |id: &PeerId| {
             let peer = &self.peers[*id];
-            peer.is_ready_member() && membership.in_force.contains(&peer.name)
+            let has_room = peer.reads.len() < OUTSTANDING_MAX;
+            peer.is_ready_member() && membership.in_force.contains(&peer.name) && has_room
         };
         ((0..self.peers.len()).filter(can).collect(), membership.in_force.len())
     }
@@ -220,7 +228,8 @@ impl<T> Volume<T> {
         }
         let is_waited_for = |(_, since): &(&ReplicaName, &Time)| now.saturating_sub(**since) < MEMBER_PATIENCE;
         let (name, _) = self.scrub.as_ref()?.absent.iter().find(is_waited_for)?;
-        Some(format!("replica {name} cannot be reached"))
+        let is_there = self.peers.iter().any(|p| p.name == *name && p.is_ready_member());
+        Some(if is_there { format!("replica {name} to answer") } else { format!("replica {name} cannot be reached") })
     }
 
     fn begin_scrub_chunks(&mut self, now: Time) {
@@ -242,7 +251,8 @@ impl<T> Volume<T> {
         }
         let (members, in_force) = self.scrub_members();
         let last = self.log.as_ref().map_or(Seq(0), Log::last);
-        for range in due {
+        let room = members.iter().map(|id| OUTSTANDING_MAX - self.peers[*id].reads.len()).min().unwrap_or(0);
+        for range in due.into_iter().take(room) {
             let id = self.reads.id();
             for member in &members {
                 let after = self.read_after(*member, range);

@@ -237,6 +237,37 @@ fn a_member_whose_reads_hang_is_named_and_not_waited_for_for_ever() {
 }
 
 #[test]
+fn a_scrub_asks_no_more_of_a_member_than_it_may_have_outstanding() {
+    let mut w = serving(Setup { in_flight_max: 1000, lag_max: ms(60_000), ..Setup::quiet(3020, AckPolicy::First) });
+    w.stall_agent(2, ms(8000));
+    for _ in 0..150 {
+        w.scrub(0, ScrubMark::default()).unwrap();
+        w.run_for(ms(5));
+        w.command(0, Command::StopScrub).unwrap();
+    }
+    assert_eq!(w.reads_outstanding(0), 80, "as many as clients may have, and those of a scrub");
+    w.scrub(0, ScrubMark::default()).unwrap();
+    let scrub = w.engines[0].volume.snapshot(w.now).scrub.expect("it waits");
+    assert_eq!(scrub.waits_for.as_deref(), Some("replica c to answer"));
+    assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    assert_eq!(w.scrubs_finished(), [ScrubFound::default()], "it goes on when c does");
+}
+
+#[test]
+fn looks_of_a_scrub_that_is_stopped_are_cancelled() {
+    let mut w = serving(large(3021));
+    w.agents[2].reads_hang_until = ms(3_600_000);
+    for _ in 0..40 {
+        w.scrub(0, ScrubMark::default()).unwrap();
+        w.run_for(ms(50));
+        w.command(0, Command::StopScrub).unwrap();
+        w.run_for(ms(50));
+    }
+    // What is at work at the member cannot be taken back, the others can.
+    assert!((1..=4).contains(&w.reads_outstanding(0)), "{} are outstanding", w.reads_outstanding(0));
+}
+
+#[test]
 fn a_scrub_waits_while_nothing_can_be_repaired() {
     let mut w = serving(Setup::quiet(3016, AckPolicy::Majority));
     w.agents[0].disk.image.rot(77);

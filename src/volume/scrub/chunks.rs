@@ -214,6 +214,11 @@ impl Chunks {
         late
     }
 
+    /// All reads that members have not answered, with these members.
+    pub(super) fn unanswered(&self) -> Vec<(u64, PeerId)> {
+        self.late(Time::MAX, Time::ZERO)
+    }
+
     /// Whether somebody was asked under this number and has not answered.
     pub(super) fn waits_for(&self, read: u64, peer: PeerId) -> bool {
         self.under_way.values().any(
