@@ -44,6 +44,11 @@ impl FreshRead {
         self.asked.is_some()
     }
 
+    /// Whether a member was asked, and no record came since that changes the range.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.asked.as_ref().is_some_and(|asked| !asked.overlapped)
+    }
+
     /// Whether this is the name under which a member was asked.
     pub(super) fn is_named(&self, read: u64) -> bool {
         self.asked.as_ref().is_some_and(|asked| asked.read == read)

@@ -25,6 +25,7 @@ mod dispatch;
 mod fresh_read;
 mod interface;
 mod log;
+mod majority;
 mod membership;
 mod notice;
 mod peer;

@@ -48,11 +48,19 @@ pub(super) struct Round {
     /// The last record that an answer may show.
     pub(super) applied: Seq,
     pub(super) answers: Vec<(PeerId, Bytes)>,
+    /// So many answers decided nothing.
+    pub(super) undecided: usize,
+    /// When members were asked for the first time.
+    pub(super) since: Option<Time>,
 }
 
 impl Round {
     fn new(read: FreshRead) -> Round {
-        Round { read, seen: Seq(0), applied: Seq(0), answers: Vec::new() }
+        Round { read, seen: Seq(0), applied: Seq(0), answers: Vec::new(), undecided: 0, since: None }
+    }
+
+    fn again(self) -> Round {
+        Round { since: self.since, ..Round::new(self.read) }
     }
 }
 
@@ -213,7 +221,7 @@ impl<T> Reads<T> {
         let again = self.id();
         piece.outstanding = 0;
         piece.asked.clear();
-        piece.round = piece.round.map(|round| Round::new(round.read));
+        piece.round = piece.round.map(Round::again);
         self.pieces.insert(again, piece);
         Some(again)
     }

@@ -3,20 +3,20 @@
 //!
 //! Answers can differ because records were applied meanwhile that one of them shows and another does not; they are then
 //! asked for again, and after a few tries such changes wait ([`super::fresh_read`]). Differing otherwise, a block is what
-//! most members hold, and is repaired where it is not; without a majority the read fails.
+//! most members in force hold, and is repaired where it is not; without a majority the read fails.
 
 use bytes::Bytes;
 use protocol::message::ReadKind;
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Seq};
 
-use super::compare::{self, Compared};
+use super::compare::{self, Compared, Electorate};
 use super::peer::READS_OUTSTANDING_MAX;
-use super::reads::Held;
+use super::reads::{Held, Piece};
 use super::repair::{Damage, Finding};
 use super::{Answer, Failure, Notice, PeerId, Time, Volume};
 
-/// A member that has not answered for so long is not waited for, if two others have.
+/// A member that has not answered for so long is not waited for, if two others have and need it for no majority.
 const PATIENCE: Time = Time::from_millis(1000);
 
 impl<T> Volume<T> {
@@ -36,6 +36,7 @@ impl<T> Volume<T> {
         let (range, Some(round)) = (piece.range, &mut piece.round) else { return };
         round.read.ask(id, now);
         round.seen = last;
+        round.since.get_or_insert(now);
         for peer in members {
             piece.asked.push((peer, now));
             piece.outstanding += 1;
@@ -56,8 +57,15 @@ impl<T> Volume<T> {
         }
     }
 
+    fn electorate(&self, piece: &Piece) -> Electorate {
+        let in_force = self.membership.as_ref().map_or(0, |m| m.in_force.len());
+        let bad = piece.failed.iter().filter_map(|(peer, block)| block.map(|block| (*peer, block))).collect();
+        Electorate { in_force, bad }
+    }
+
     /// Compares what is there.
     fn conclude(&mut self, now: Time, id: u64) {
+        let Some(electorate) = self.reads.pieces.get(&id).map(|piece| self.electorate(piece)) else { return };
         let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
         let (range, Some(round)) = (piece.range, &mut piece.round) else { return };
         let is_fresh = round.read.finish();
@@ -67,7 +75,7 @@ impl<T> Volume<T> {
             }
             return;
         }
-        let Compared { data, differences, ties } = compare::compare(range.offset, &round.answers);
+        let Compared { data, differences, ties } = compare::compare(range.offset, &round.answers, &electorate);
         let (seen, applied) = (round.seen, round.applied);
         for difference in differences {
             let blocks = ByteRange { offset: difference.block, length: BLOCK_BYTES };
@@ -100,10 +108,10 @@ impl<T> Volume<T> {
         self.advance_comparison(now, id);
     }
 
-    /// Goes on without members that do not answer.
+    /// Goes on without members that do not answer, if the others decide, or if it takes as long as requests wait for members.
     pub(super) fn conclude_late(&mut self, now: Time) {
         let held = &self.reads.held;
-        let late = |(id, p): &(&u64, &super::reads::Piece)| {
+        let late = |(id, p): &(&u64, &Piece)| {
             let asked_at = p.asked.last().map_or(now, |(_, at)| *at);
             p.outstanding > 0
                 && p.round.as_ref().is_some_and(|round| round.answers.len() >= 2)
@@ -111,6 +119,28 @@ impl<T> Volume<T> {
                 && !held.iter().any(|h| h.piece == **id)
         };
         let late: Vec<u64> = self.reads.pieces.iter().filter(late).map(|(id, _)| *id).collect();
-        late.into_iter().for_each(|id| self.conclude(now, id));
+        for id in late {
+            if !self.is_open(now, id) {
+                self.conclude(now, id);
+            }
+        }
+    }
+
+    /// Whether answers that are there decide nothing, and those that are missing may.
+    fn is_open(&mut self, now: Time, id: u64) -> bool {
+        let Some(electorate) = self.reads.pieces.get(&id).map(|piece| self.electorate(piece)) else { return false };
+        let Some(piece) = self.reads.pieces.get_mut(&id) else { return false };
+        let (range, Some(round)) = (piece.range, &mut piece.round) else { return false };
+        let waited = round.since.map_or(Time::ZERO, |since| now.saturating_sub(since));
+        if waited >= self.settings.freeze || !round.read.is_fresh() {
+            return false;
+        }
+        // They are megabytes: compared once, and not whenever time passes.
+        let is_known = round.undecided == round.answers.len();
+        if is_known || compare::compare(range.offset, &round.answers, &electorate).data.is_none() {
+            round.undecided = round.answers.len();
+            return true;
+        }
+        false
     }
 }

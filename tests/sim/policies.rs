@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nbdcast::volume::{Damage, Failure, Notice, ReadSpread};
+use nbdcast::volume::{Damage, Failure, Notice, PeerState, ReadSpread};
 use protocol::ranges::ByteRange;
 use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, Seq};
 
@@ -143,4 +143,59 @@ fn a_comparison_does_not_wait_for_a_member_that_hangs() {
     let begun = w.now;
     w.read_now(0, 0, 16 * BLOCK);
     assert!((ms(900)..ms(1200)).contains(&(w.now - begun)), "answered after {:?}", w.now - begun);
+}
+
+#[test]
+fn a_comparison_waits_for_a_member_whose_answer_decides() {
+    let setup = Setup { lag_max: ms(60_000), freeze: ms(20_000), ..Setup::quiet(4006, AckPolicy::First) };
+    let mut w = with(ReadSpread::Verify, setup);
+    let right = w.read_now(0, 2 * BLOCK, BLOCK);
+    replace(&mut w, 0, 2);
+    w.stall_agent(2, ms(5000));
+    let begun = w.now;
+    assert_eq!(w.read_now(0, 2 * BLOCK, BLOCK), right);
+    assert!((ms(4900)..ms(5200)).contains(&(w.now - begun)), "answered after {:?}", w.now - begun);
+    assert!(!w.notices.contains(&Notice::NoMajority { offset: 2 * 4096 }));
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_comparison_without_a_majority_ends_once_requests_wait_for_members_no_more() {
+    let setup = Setup { freeze: ms(3000), journal_bytes: 8 << 20, ..Setup::quiet(4007, AckPolicy::First) };
+    let mut w = with(ReadSpread::Verify, setup);
+    replace(&mut w, 0, 2);
+    w.agents[2].reads_hang_until = ms(600_000);
+    for writes in [false, true] {
+        let begun = w.now;
+        let read = w.read(0, 2 * BLOCK, BLOCK);
+        while w.answer(0, read).is_none() {
+            if writes {
+                w.write(0, 2 * BLOCK, 1, false);
+            }
+            w.run_for(ms(20));
+        }
+        assert_eq!(w.answer(0, read), Some(&Err(Failure::Io)));
+        let waited = w.now - begun;
+        assert!(waited >= ms(3000) && waited < if writes { ms(15_000) } else { ms(3100) }, "{waited:?}");
+    }
+    assert!(w.notices.contains(&Notice::NoMajority { offset: 2 * 4096 }));
+}
+
+#[test]
+fn two_of_four_do_not_overrule_a_third_while_the_fourth_is_away() {
+    let setup = Setup { replicas: 4, lag_max: ms(60_000), ..Setup::quiet(4008, AckPolicy::First) };
+    let mut w = with(ReadSpread::Verify, setup);
+    replace(&mut w, 0, 2);
+    w.kill_agent(3, false);
+    w.run_for(ms(100));
+    let read = w.read(0, 2 * BLOCK, BLOCK);
+    assert!(w.run_until(LONG, |w| w.answer(0, read) == Some(&Err(Failure::Io))));
+    w.run_for(ms(500));
+    assert_eq!(w.found_and_repaired(0, 0), (0, 0), "the fourth may hold the same");
+    w.start_agent(3);
+    assert!(w.run_until(LONG, |w| w.engines[0].volume.snapshot(w.now).peers[3].state == PeerState::Member));
+    w.read_now(0, 2 * BLOCK, BLOCK);
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    w.settle_and_compare();
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use protocol::scrub::BlockFound;
 
+use super::super::majority::elect;
 use super::super::{Damage, PeerId};
 
 /// A block that is not in order everywhere.
@@ -38,12 +39,7 @@ fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: us
             None => {}
         }
     }
-    let votes = |of: u32| sound.iter().filter(|(_, checksum)| *checksum == of).count();
-    // Members that did not answer may all say the opposite; those whose copy is bad by itself say nothing.
-    let voters = in_force.saturating_sub(bad.len()).max(sound.len());
-    let wins = |of: u32| votes(of) == sound.len() || votes(of) * 2 > voters;
-    let elected = sound.iter().map(|(_, checksum)| *checksum).find(|checksum| wins(*checksum));
-    let Some(elected) = elected else {
+    let Some(elected) = elect(&sound, in_force, bad.len()) else {
         // No sound copy at all, or no majority among them.
         let is_tie = !sound.is_empty();
         return (is_tie || !bad.is_empty()).then_some(Fault { index, bad, good: Vec::new(), is_tie });
