@@ -236,6 +236,7 @@ impl<T> Volume<T> {
                 self.append_dirty(now, subject.clone(), DirtyStep::Forget);
             }
             self.peers[id] = Peer::in_role(subject.clone(), Role::Gone, now);
+            self.repairs.give_up(id);
             self.events.push_back(Event::Removed(id));
             self.notice(Notice::Removed { replica: subject });
         }

@@ -37,7 +37,7 @@ pub(super) struct Electorate {
 }
 
 impl Electorate {
-    fn is_bad(&self, peer: PeerId, block: u64) -> bool {
+    pub(super) fn is_bad(&self, peer: PeerId, block: u64) -> bool {
         self.bad.contains(&(peer, block))
     }
 

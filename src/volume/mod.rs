@@ -39,6 +39,7 @@ mod resync;
 mod scrub;
 mod snapshot;
 mod survey;
+mod ties;
 mod verify;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -537,6 +538,7 @@ impl<T> Volume<T> {
         if range.length > 0 {
             self.overlap_chunks(range);
             self.repairs.overlap(range, seq);
+            self.overlap_scrub(range);
             if self.settings.read == ReadSpread::Verify {
                 self.reads.overlap(range);
             }

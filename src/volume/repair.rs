@@ -17,7 +17,8 @@ use protocol::{BLOCK_BYTES, Record, RecordKind, Seq};
 
 use super::fresh_read::FreshRead;
 use super::log::Log;
-use super::peer::{READS_OUTSTANDING_MAX, Role};
+use super::peer::{Peer, READS_OUTSTANDING_MAX, Role};
+use super::ties::Ties;
 use super::{Notice, PeerId, Phase, Time, Volume};
 
 /// Repairs under way, at most; what is found bad beyond that is found again by a later read, or by a scrub.
@@ -106,7 +107,8 @@ enum Step {
     Seek,
     /// This record makes it good wherever it is durable.
     Given(Seq),
-    /// No member has a good copy. A change of the whole block ends that, or another member.
+    /// No member has a good copy, or nobody knows which. A change of the whole block ends that, another member, or that it
+    /// becomes known.
     Hopeless,
 }
 
@@ -141,6 +143,7 @@ pub(super) struct Repairs {
     blocks: BTreeMap<u64, Repair>,
     /// Blocks made good of late, and by which record.
     healed: VecDeque<(u64, Seq)>,
+    ties: Ties,
 }
 
 impl Repairs {
@@ -158,6 +161,10 @@ impl Repairs {
         if self.is_healed_since(block, finding.seen) {
             return false;
         }
+        if what == Damage::Differs && self.ties.end(block, finding.seen) {
+            self.seek_again(block);
+        }
+        let is_tied = self.ties.contains(block);
         if let Some(repair) = self.blocks.get_mut(&block) {
             // A record that made it good, and it is bad again.
             let again = matches!(repair.step, Step::Given(seq) if seq <= finding.seen);
@@ -169,7 +176,9 @@ impl Repairs {
                 repair.step = Step::Seek;
                 repair.failed.clear();
             }
-            repair.believe(&finding.sound);
+            if !is_tied {
+                repair.believe(&finding.sound);
+            }
             if what == Damage::Differs {
                 // What is being read may be what differs.
                 repair.read.lose();
@@ -186,8 +195,42 @@ impl Repairs {
         true
     }
 
+    /// Sound copies of these members were found to differ behind the record `seen`, and none is known to be right.
+    pub(super) fn tie(&mut self, block: u64, parties: Vec<PeerId>, seen: Seq) {
+        let made_good = self.blocks.get(&block).is_some_and(|r| matches!(r.step, Step::Given(seq) if seq > seen));
+        if made_good || self.is_healed_since(block, seen) || !self.ties.note(block, parties, seen) {
+            return;
+        }
+        if let Some(repair) = self.blocks.get_mut(&block) {
+            // What is being read may be the wrong one.
+            repair.read.lose();
+        }
+    }
+
+    /// All members were asked about `range` behind the record `seen`, and which copies are right is known but for some blocks.
+    pub(super) fn agreed(&mut self, range: ByteRange, seen: Seq, is_open: impl Fn(u64) -> bool) {
+        for block in self.ties.within(range).into_iter().filter(|block| !is_open(*block)) {
+            if self.ties.end(block, seen) {
+                self.seek_again(block);
+            }
+        }
+    }
+
+    /// All that a member held is given up: it is removed, or everything is copied to it anew.
+    pub(super) fn give_up(&mut self, peer: PeerId) {
+        self.ties.give_up(peer).into_iter().for_each(|block| self.seek_again(block));
+    }
+
+    fn seek_again(&mut self, block: u64) {
+        if let Some(repair) = self.blocks.get_mut(&block).filter(|repair| repair.step == Step::Hopeless) {
+            repair.step = Step::Seek;
+            repair.failed.clear();
+        }
+    }
+
     /// A record was given out that changes `range`.
     pub(super) fn overlap(&mut self, range: ByteRange, seq: Seq) {
+        self.ties.overlap(range);
         for (_, repair) in self.blocks.range_mut((range.offset / BLOCK_BYTES * BLOCK_BYTES)..range.end()) {
             let block = repair.read.range;
             repair.read.overlap(range);
@@ -226,7 +269,10 @@ impl Repairs {
 
     /// There is another member: it may have good copies of what no other has.
     pub(super) fn reconsider(&mut self) {
-        for repair in self.blocks.values_mut().filter(|repair| repair.step == Step::Hopeless) {
+        let ties = &self.ties;
+        let may_change =
+            |(block, repair): &(&u64, &mut Repair)| repair.step == Step::Hopeless && !ties.contains(**block);
+        for (_, repair) in self.blocks.iter_mut().filter(may_change) {
             repair.step = Step::Seek;
             repair.failed.clear();
         }
@@ -282,6 +328,17 @@ impl<T> Volume<T> {
         }
     }
 
+    /// Takes note of a block of which sound copies differ, behind the record `seen`; nothing is made good from any of them.
+    pub(super) fn note_tie(&mut self, block: u64, bad: impl Fn(PeerId) -> bool, seen: Seq) {
+        let Some(membership) = &self.membership else { return };
+        let is_party = |(id, p): &(PeerId, &Peer)| {
+            let is_member = matches!(p.role, Role::Member | Role::Leaving);
+            is_member && membership.in_force.contains(&p.name) && !bad(*id)
+        };
+        let parties = self.peers.iter().enumerate().filter(is_party).map(|(id, _)| id).collect();
+        self.repairs.tie(block, parties, seen);
+    }
+
     /// Goes on with repairs: takes note of those that are durable, asks for good copies.
     pub(super) fn advance_repairs(&mut self, now: Time) {
         if self.repairs.blocks.is_empty() || !matches!(self.phase, Phase::Serving) || self.stopping {
@@ -318,14 +375,17 @@ impl<T> Volume<T> {
 
     fn ask_for_good_copy(&mut self, now: Time, block: u64) {
         let Some(membership) = &self.membership else { return };
+        let is_tied = self.repairs.ties.contains(block);
         let Some(repair) = self.repairs.blocks.get_mut(&block) else { return };
         let mut members = self.peers.iter().enumerate().filter(|(_, p)| p.role == Role::Member);
-        if members.all(|(id, _)| !repair.may_read_at(id)) {
+        // A copy of one that may be wrong would make it look like the right one.
+        if is_tied || members.all(|(id, _)| !repair.may_read_at(id)) {
             repair.step = Step::Hopeless;
             if self.repairs.count(true) > HOPELESS_MAX {
                 self.repairs.blocks.remove(&block);
             }
-            return self.notice(Notice::NoGoodCopy { offset: block });
+            let why = if is_tied { Notice::NoMajority { offset: block } } else { Notice::NoGoodCopy { offset: block } };
+            return self.notice(why);
         }
         let last = self.log.as_ref().map_or(Seq(0), Log::last);
         let can = |id: &PeerId| {
@@ -377,105 +437,4 @@ impl<T> Volume<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn finding(bad: PeerId, seen: u64) -> Finding {
-        Finding {
-            blocks: block_at(4096),
-            bad,
-            what: Damage::ChecksumMismatch,
-            good: None,
-            sound: Vec::new(),
-            seen: Seq(seen),
-        }
-    }
-
-    fn step(repairs: &Repairs) -> Option<Step> {
-        repairs.blocks.get(&4096).map(|repair| repair.step)
-    }
-
-    #[test]
-    fn what_is_known_is_no_news_until_it_was_made_good() {
-        let mut repairs = Repairs::default();
-        assert!(repairs.note(4096, &finding(0, 10)) && !repairs.note(4096, &finding(0, 11)));
-        assert!(repairs.note(4096, &finding(1, 11)), "at another member it is");
-        repairs.overlap(block_at(4096), Seq(12));
-        assert!(!repairs.note(4096, &finding(0, 11)), "it was found before");
-        let durable = |peer| Seq(if peer == 0 { 12 } else { 11 });
-        let healed = repairs.take_healed(|_| true, durable);
-        assert_eq!(healed.iter().map(|h| (h.block, h.peer)).collect::<Vec<_>>(), [(4096, 0)]);
-        assert_eq!(repairs.take_healed(|_| true, |_| Seq(12)).len(), 1);
-        assert_eq!(step(&repairs), None);
-        assert!(!repairs.note(4096, &finding(2, 11)), "the record made it good there too");
-        assert!(repairs.note(4096, &finding(2, 12)), "this one was found behind the record");
-    }
-
-    #[test]
-    fn a_block_that_is_bad_again_after_its_record_is_repaired_again() {
-        let mut repairs = Repairs::default();
-        repairs.note(4096, &finding(0, 1));
-        repairs.overlap(block_at(4096), Seq(2));
-        assert!(repairs.note(4096, &finding(0, 2)));
-        assert_eq!(step(&repairs), Some(Step::Seek));
-    }
-
-    #[test]
-    fn a_change_of_a_part_makes_nothing_good_and_what_was_read_before_useless() {
-        let mut repairs = Repairs::default();
-        repairs.note(4096, &finding(0, 1));
-        let (_, repair) = repairs.blocks.first_key_value().map(|(b, r)| (*b, r)).unwrap();
-        assert!(repair.may_read_at(1) && !repair.may_read_at(0));
-        assert!(repairs.may_need(1) && !repairs.may_need(0));
-        repairs.blocks.get_mut(&4096).unwrap().read.ask(7, Time::ZERO);
-        repairs.overlap(ByteRange { offset: 4097, length: 8191 }, Seq(2));
-        repairs.overlap(ByteRange { offset: 0, length: 4096 }, Seq(3));
-        let (_, repair) = repairs.find_read(7).unwrap();
-        assert!(!repair.read.finish(), "it is read again");
-        assert_eq!(step(&repairs), Some(Step::Seek));
-    }
-
-    #[test]
-    fn of_more_than_are_bounded_nothing_is_kept_and_members_that_left_are_forgotten() {
-        let mut repairs = Repairs::default();
-        let taken = (0..1000).filter(|block| repairs.note(block * BLOCK_BYTES, &finding(0, 1))).count();
-        assert_eq!(taken, UNDER_WAY_MAX);
-        assert_eq!(repairs.unasked().len(), READING_MAX);
-        assert!(repairs.take_healed(|_| false, |_| Seq(9)).is_empty());
-        assert!(repairs.blocks.is_empty());
-    }
-
-    #[test]
-    fn a_block_that_differs_is_copied_from_the_member_that_is_named() {
-        let mut repairs = Repairs::default();
-        repairs.note(4096, &finding(0, 1));
-        repairs.blocks.get_mut(&4096).unwrap().read.ask(7, Time::ZERO);
-        repairs.note(4096, &Finding { what: Damage::Differs, good: Some(2), ..finding(1, 1) });
-        assert!(repairs.find_read(7).is_none(), "what is read may be what differs");
-        let repair = &repairs.blocks[&4096];
-        assert_eq!([0, 1, 2, 3].map(|peer| repair.may_read_at(peer)), [false, false, true, false]);
-    }
-
-    #[test]
-    fn a_copy_that_is_found_good_again_is_copied_from() {
-        let mut repairs = Repairs::default();
-        (0..3).for_each(|bad| _ = repairs.note(4096, &finding(bad, 1)));
-        let repair = repairs.blocks.get_mut(&4096).unwrap();
-        repair.failed.push(3);
-        repair.step = Step::Hopeless;
-        assert!(!repairs.note(4096, &Finding { sound: vec![0, 3], ..finding(1, 2) }), "that it is bad is known");
-        assert_eq!(step(&repairs), Some(Step::Seek));
-        assert_eq!([0, 1, 2, 3].map(|peer| repairs.blocks[&4096].may_read_at(peer)), [true, false, false, true]);
-        repairs.overlap(block_at(4096), Seq(3));
-        repairs.note(4096, &Finding { sound: vec![1], ..finding(2, 2) });
-        assert_eq!(step(&repairs), Some(Step::Given(Seq(3))), "the record is what makes it good");
-    }
-
-    #[test]
-    fn only_blocks_of_the_range_asked_for_are_believed_to_be_bad() {
-        let range = ByteRange { offset: 5000, length: 4096 };
-        let named = |offset| bad_block(&ReadOutcome::Unreadable { offset }, range).map(|(offset, _)| offset);
-        assert_eq!([4096, 8192].map(named), [Some(4096), Some(8192)]);
-        assert_eq!([0, 12_288, 5000, u64::MAX / 4096 * 4096].map(named), [None; 4]);
-    }
-}
+mod tests;

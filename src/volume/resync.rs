@@ -293,6 +293,9 @@ impl<T> Volume<T> {
     fn give_out_follow(&mut self, now: Time, ranges: Vec<ByteRange>) {
         let Some(peer) = self.resync.as_ref().map(|r| r.peer) else { return };
         let subject = self.peers[peer].name.clone();
+        if ranges == [self.whole()] {
+            self.repairs.give_up(peer);
+        }
         let count_max = ranges_max(self.record_payload_bytes_max).max(1);
         let step = DirtyStep::Follow { ranges: merge(ranges, count_max) };
         let seq = self.append_dirty(now, subject.clone(), step);

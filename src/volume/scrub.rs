@@ -265,6 +265,13 @@ impl<T> Volume<T> {
         }
     }
 
+    /// A record was given out that changes `range`.
+    pub(super) fn overlap_scrub(&mut self, range: ByteRange) {
+        if let Some(scrub) = &mut self.scrub {
+            scrub.chunks.overlap(range);
+        }
+    }
+
     /// A member answered a read; whether it was one of the scrub.
     pub(super) fn on_scrub_read(&mut self, now: Time, peer: PeerId, id: u64, seen: Seq, outcome: &ReadOutcome) -> bool {
         let found = match outcome {
@@ -315,9 +322,18 @@ impl<T> Volume<T> {
 
     /// Has repaired what can be, and says what cannot.
     fn draw_scrub_consequences(&mut self, looked: &Looked) {
+        let at = |index: usize| looked.range.offset + index as u64 * BLOCK_BYTES;
+        if looked.is_whole {
+            let is_open = |block| looked.faults.iter().any(|f| at(f.index) == block && f.good.is_empty());
+            self.repairs.agreed(looked.range, looked.seen, is_open);
+        }
+        for fault in looked.faults.iter().filter(|f| f.is_tie && !looked.rewritten.contains(&f.index)) {
+            let is_bad = |peer| fault.bad.iter().any(|(bad, _)| *bad == peer);
+            self.note_tie(at(fault.index), is_bad, looked.seen);
+        }
         // Where sound copies differ without a majority, a repair would be a guess.
         for fault in looked.faults.iter().filter(|fault| !fault.is_tie) {
-            let offset = looked.range.offset + fault.index as u64 * BLOCK_BYTES;
+            let offset = at(fault.index);
             let differs = fault.bad.iter().any(|(_, what)| *what == Damage::Differs);
             for (bad, what) in fault.bad.iter().copied() {
                 let blocks = ByteRange { offset, length: BLOCK_BYTES };

@@ -77,12 +77,16 @@ impl<T> Volume<T> {
         }
         let Compared { data, differences, ties } = compare::compare(range.offset, &round.answers, &electorate);
         let (seen, applied) = (round.seen, round.applied);
+        if is_fresh && round.answers.len() >= electorate.in_force {
+            self.repairs.agreed(range, seen, |block| ties.contains(&block));
+        }
         for difference in differences {
             let blocks = ByteRange { offset: difference.block, length: BLOCK_BYTES };
             let good = Some(difference.good);
             self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, sound: Vec::new(), seen });
         }
         for offset in ties {
+            self.note_tie(offset, |peer| electorate.is_bad(peer, offset), seen);
             self.notice(Notice::NoMajority { offset });
         }
         match data {

@@ -9,6 +9,7 @@
 mod agent;
 mod check;
 mod client;
+mod differences;
 mod disk;
 mod engine;
 mod fault_point;

@@ -15,7 +15,7 @@ use crate::world::{Setup, World, ms, replica_name};
 
 const BLOCK: usize = 8;
 
-fn with(read: ReadSpread, setup: Setup) -> World {
+pub fn with(read: ReadSpread, setup: Setup) -> World {
     let mut w = serving(Setup { read, ..setup });
     let token = w.write(0, 0, 16 * BLOCK, false);
     w.done(0, token);
@@ -24,7 +24,7 @@ fn with(read: ReadSpread, setup: Setup) -> World {
 }
 
 /// Makes a block of a replica another one, with the checksum of that.
-fn replace(w: &mut World, agent: usize, block: u64) {
+pub fn replace(w: &mut World, agent: usize, block: u64) {
     let range = ByteRange { offset: block * 4096, length: 4096 };
     let position = Position { epoch: Epoch(1), seq: Seq(1) };
     let record = Record::new(position, RecordKind::Write, range, vec![agent as u8 + 1; 4096].into());

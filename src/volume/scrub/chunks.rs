@@ -30,6 +30,8 @@ enum Look {
         missing: BTreeSet<PeerId>,
         answers: BTreeMap<PeerId, Vec<BlockFound>>,
         seen: Seq,
+        /// Blocks that records made the same everywhere since.
+        rewritten: BTreeSet<usize>,
         /// Members in force, whether they were asked or not.
         in_force: usize,
         /// Somebody who was asked does not answer.
@@ -44,6 +46,7 @@ enum Look {
 struct Answers {
     of: BTreeMap<PeerId, Vec<BlockFound>>,
     seen: Seq,
+    rewritten: BTreeSet<usize>,
     in_force: usize,
     is_lost: bool,
     is_joined: bool,
@@ -91,6 +94,10 @@ pub(super) struct Looked {
     pub(super) faults: Vec<Fault>,
     /// The record behind which all were asked.
     pub(super) seen: Seq,
+    /// Whether all members in force have answered.
+    pub(super) is_whole: bool,
+    /// Blocks of the chunk that records made the same everywhere since.
+    pub(super) rewritten: BTreeSet<usize>,
     /// Blocks, by their first byte, of which sound copies were found to differ for the first time.
     pub(super) ties: Vec<u64>,
 }
@@ -194,10 +201,22 @@ impl Chunks {
                 missing: members.iter().copied().collect(),
                 answers: BTreeMap::new(),
                 seen,
+                rewritten: BTreeSet::new(),
                 in_force,
                 is_lost: false,
                 is_joined: false,
             };
+        }
+    }
+
+    /// A record was given out that changes `range`.
+    pub(super) fn overlap(&mut self, range: ByteRange) {
+        for (offset, chunk) in self.under_way.range_mut(..range.end()) {
+            if let Look::Asked { rewritten, .. } = &mut chunk.look {
+                let first = range.offset.max(*offset).div_ceil(BLOCK_BYTES);
+                let end = range.end().min(chunk.range.end()) / BLOCK_BYTES;
+                rewritten.extend((first..end).map(|block| (block - offset / BLOCK_BYTES) as usize));
+            }
         }
     }
 
@@ -237,7 +256,8 @@ impl Chunks {
         let asked = |c: &&mut Chunk| matches!(c.look, Look::Asked { read: asked, .. } if asked == read);
         let chunk = self.under_way.values_mut().find(asked)?;
         let blocks = (chunk.range.length / BLOCK_BYTES) as usize;
-        let Look::Asked { missing, answers, seen, in_force, is_lost, is_joined, .. } = &mut chunk.look else {
+        let Look::Asked { missing, answers, seen, rewritten, in_force, is_lost, is_joined, .. } = &mut chunk.look
+        else {
             return None;
         };
         missing.remove(&peer);
@@ -251,6 +271,7 @@ impl Chunks {
         let answers = Answers {
             of: std::mem::take(answers),
             seen: *seen,
+            rewritten: std::mem::take(rewritten),
             in_force: *in_force,
             is_lost: *is_lost,
             is_joined: *is_joined,
@@ -295,7 +316,8 @@ impl Chunk {
         }
         // What somebody overwrote since is in order now.
         self.hopeless.retain(|index, _| faults.iter().any(|f| f.index == *index && f.good.is_empty()));
-        Looked { range: self.range, faults, seen: answers.seen, ties }
+        let (seen, is_whole, rewritten) = (answers.seen, answers.is_whole(), answers.rewritten.clone());
+        Looked { range: self.range, faults, seen, is_whole, rewritten, ties }
     }
 }
 

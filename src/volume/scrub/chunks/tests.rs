@@ -196,3 +196,18 @@ fn an_answer_of_another_length_is_none() {
     chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
     assert!(!chunks.is_done(), "it is asked again");
 }
+
+#[test]
+fn what_records_made_the_same_everywhere_since_members_were_asked_is_known() {
+    let mut chunks = chunks(8 * BLOCK_BYTES);
+    chunks.begin(ByteRange { offset: 0, length: 4 * BLOCK_BYTES }, ms(0));
+    chunks.begin(ByteRange { offset: 4 * BLOCK_BYTES, length: 4 * BLOCK_BYTES }, ms(0));
+    chunks.overlap(ByteRange { offset: 0, length: 8 * BLOCK_BYTES });
+    ask(&mut chunks, 4 * BLOCK_BYTES, 9, &[0], 1);
+    chunks.overlap(ByteRange { offset: BLOCK_BYTES, length: BLOCK_BYTES });
+    chunks.overlap(ByteRange { offset: 4 * BLOCK_BYTES - 1, length: 2 * BLOCK_BYTES });
+    chunks.overlap(ByteRange { offset: 6 * BLOCK_BYTES, length: 9 * BLOCK_BYTES });
+    let looked = chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 4])).expect("all have answered");
+    assert!(looked.is_whole);
+    assert_eq!(looked.rewritten.into_iter().collect::<Vec<_>>(), [0, 2, 3]);
+}
