@@ -67,6 +67,14 @@ pub(super) struct Finding {
     pub(super) seen: Seq,
 }
 
+impl Finding {
+    /// The only members to copy from, if any is named: with it, those that were found to hold the same.
+    fn copied_from(&self) -> Option<Vec<PeerId>> {
+        let good = self.good?;
+        Some(if self.sound.contains(&good) { self.sound.clone() } else { vec![good] })
+    }
+}
+
 /// What an outcome says of a bad block in the range that was asked for.
 pub(super) fn bad_block(outcome: &ReadOutcome, range: ByteRange) -> Option<(u64, Damage)> {
     let (offset, what) = match outcome {
@@ -93,8 +101,9 @@ fn block_at(offset: u64) -> ByteRange {
 #[derive(Debug)]
 struct Repair {
     bad: Vec<(PeerId, Damage)>,
-    /// The only member to copy from, if one is named.
-    good: Option<PeerId>,
+    /// The only members to copy from, if any were named. Who leaves the view is none of them any more: what it holds when it
+    /// is back may have been copied from a member that was wrong.
+    good: Option<Vec<PeerId>>,
     /// Members that could not read it for another reason.
     failed: Vec<PeerId>,
     read: FreshRead,
@@ -124,16 +133,20 @@ impl Repair {
         }
         self.bad.retain(|(peer, _)| !sound.contains(peer));
         self.failed.retain(|peer| !sound.contains(peer));
-        if self.good.is_some_and(|good| !sound.contains(&good)) {
-            // Of several that are right now, the one that was named may be none.
+        if let Some(good) = &mut self.good
+            && (good.is_empty() || good.iter().any(|good| !sound.contains(good)))
+        {
+            // Of those that are right now, one that was named may be none.
             self.read.lose();
-            self.good = sound.first().copied();
+            *good = sound.to_vec();
         }
         self.step = Step::Seek;
     }
 
     fn may_read_at(&self, peer: PeerId) -> bool {
-        self.good.is_none_or(|good| good == peer) && !self.is_bad_at(peer) && !self.failed.contains(&peer)
+        self.good.as_ref().is_none_or(|good| good.contains(&peer))
+            && !self.is_bad_at(peer)
+            && !self.failed.contains(&peer)
     }
 }
 
@@ -175,6 +188,7 @@ impl Repairs {
             if again {
                 repair.step = Step::Seek;
                 repair.failed.clear();
+                repair.good = None;
             }
             if !is_tied {
                 repair.believe(&finding.sound);
@@ -182,7 +196,10 @@ impl Repairs {
             if what == Damage::Differs {
                 // What is being read may be what differs.
                 repair.read.lose();
-                repair.good = finding.good;
+                repair.good = finding.copied_from();
+                if repair.step == Step::Hopeless {
+                    repair.step = Step::Seek;
+                }
             }
             return is_news;
         }
@@ -191,7 +208,7 @@ impl Repairs {
         }
         let read = FreshRead::new(block_at(block));
         let bad = vec![(bad, what)];
-        self.blocks.insert(block, Repair { bad, good: finding.good, failed: vec![], read, step: Step::Seek });
+        self.blocks.insert(block, Repair { bad, good: finding.copied_from(), failed: vec![], read, step: Step::Seek });
         true
     }
 
@@ -288,6 +305,9 @@ impl Repairs {
         let mut healed = Vec::new();
         for (block, repair) in &mut self.blocks {
             let step = repair.step;
+            if let Some(good) = &mut repair.good {
+                good.retain(|peer| is_member(*peer));
+            }
             repair.bad.retain(|(peer, what)| {
                 let is_healed = matches!(step, Step::Given(seq) if durable(*peer) >= seq);
                 if is_healed && is_member(*peer) {

@@ -306,6 +306,26 @@ fn what_one_of_three_says_alone_is_named_and_overruled() {
 }
 
 #[test]
+fn a_member_that_was_right_and_left_is_not_copied_from_when_it_is_back() {
+    let mut w = serving(Setup::quiet(3019, AckPolicy::First));
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    forge(&mut w, 0, 3);
+    w.scrub(0, ScrubMark::default()).unwrap();
+    assert!(w.run_until(LONG, |w| !found_of(w).is_empty()));
+    w.kill_agent(1, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a c"));
+    // What b lacks of the block it gets from whoever is there.
+    let write = w.write(0, 24, 1, false);
+    w.done(0, write);
+    w.start_agent(1);
+    w.everyone_is_back(0);
+    w.run_for(ms(10_000));
+    let forged = |agent: &usize| w.agents[*agent].disk.image.content()[4 * 4096 - 1] == 0xbd;
+    assert_eq!((0..3).filter(forged).collect::<Vec<usize>>(), Vec::<usize>::new(), "what one of three said");
+    w.settle_and_compare();
+}
+
+#[test]
 fn a_majority_of_those_in_reach_does_not_overrule_who_is_away() {
     let long = ms(600_000);
     let setup = Setup { replicas: 4, lag_max: long, freeze: long, ..Setup::quiet(3012, AckPolicy::First) };

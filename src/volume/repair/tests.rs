@@ -148,3 +148,29 @@ fn what_a_record_made_the_same_everywhere_is_no_tie() {
     repairs.overlap(block_at(4096), Seq(4));
     assert!(!repairs.ties.contains(4096));
 }
+
+#[test]
+fn who_was_right_and_left_is_not_copied_from_when_it_is_back() {
+    for (sound, others) in [(vec![1, 2], vec![2]), (vec![], vec![])] {
+        let mut repairs = Repairs::default();
+        repairs.note(4096, &Finding { what: Damage::Differs, good: Some(1), sound, ..finding(0, 1) });
+        repairs.take_healed(|peer| peer != 1, |_| Seq(1));
+        repairs.blocks.get_mut(&4096).unwrap().step = Step::Hopeless;
+        repairs.reconsider();
+        let may_read_at = |repairs: &Repairs, peer| repairs.blocks[&4096].may_read_at(peer);
+        assert_eq!((0..4).filter(|peer| may_read_at(&repairs, *peer)).collect::<Vec<_>>(), others);
+        repairs.blocks.get_mut(&4096).unwrap().step = Step::Hopeless;
+        repairs.note(4096, &Finding { what: Damage::Differs, good: Some(3), ..finding(0, 2) });
+        assert_eq!(step(&repairs), Some(Step::Seek), "there is one that is right again");
+        assert!(may_read_at(&repairs, 3) && !may_read_at(&repairs, 1));
+    }
+}
+
+#[test]
+fn after_a_record_that_made_a_block_good_any_member_may_have_the_good_copy() {
+    let mut repairs = Repairs::default();
+    repairs.note(4096, &Finding { what: Damage::Differs, good: Some(1), ..finding(0, 1) });
+    repairs.overlap(block_at(4096), Seq(2));
+    (0..2).for_each(|bad| _ = repairs.note(4096, &finding(bad, 2)));
+    assert!(repairs.blocks[&4096].may_read_at(2));
+}
