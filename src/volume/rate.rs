@@ -155,15 +155,16 @@ impl Rate {
         self.adjust(now);
         let keeps_little = self.rests.is_some() && !self.is_idle(now);
         let passed = now.saturating_sub(self.refilled_at);
-        let earned = (u128::from(self.bytes_per_second) * passed.as_micros() / 1_000_000) as u64;
+        let rate = u128::from(self.bytes_per_second.max(1));
+        let earned = (rate * passed.as_nanos() / 1_000_000_000) as u64;
         let burst = self.bytes_per_second * BURST_TIME_MAX.as_millis() as u64 / 1000;
         let most = if keeps_little { self.burst_bytes_min } else { burst.max(self.burst_bytes_min) };
         if earned > 0 || keeps_little {
             self.tokens = self.tokens.saturating_add(earned).min(most);
         }
-        if earned > 0 {
-            self.refilled_at = now;
-        }
+        // What is less than a byte counts the next time, however often this is asked.
+        let paid_for = (u128::from(earned) * 1_000_000_000).div_ceil(rate) as u64;
+        self.refilled_at = (self.refilled_at + Duration::from_nanos(paid_for)).min(now);
         let rests = keeps_little && self.rests.is_some_and(|rests| now < rests.until);
         if rests || (!self.bursting && self.tokens < self.burst_bytes_min) {
             return false;
@@ -236,6 +237,18 @@ mod tests {
         let content = Some((Duration::from_micros(300), Duration::from_micros(330)));
         let bytes = copied(&mut rate, Time::ZERO, 10, content);
         assert!(bytes > 160 * MIB, "{} MiB in 10 s", bytes / MIB);
+    }
+
+    #[test]
+    fn a_low_floor_is_kept_however_often_it_is_asked() {
+        let mut rate = Rate::new(MIB / 16, MIB / 4, Time::ZERO);
+        let mut bytes = 0;
+        for step in 0..20_000_000 / 29 {
+            let now = Time::from_micros(step * 29);
+            rate.clients_wait(now);
+            bytes += if rate.take(MIB / 4, now) { MIB / 4 } else { 0 };
+        }
+        assert!(bytes >= MIB * 5 / 4, "{} KiB in 20 s", bytes / 1024);
     }
 
     const LOOK: u64 = MIB / 4;
