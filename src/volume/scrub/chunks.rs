@@ -70,6 +70,8 @@ struct Chunk {
     /// Blocks of which no copy can be believed, and whether sound ones differ.
     hopeless: BTreeMap<usize, bool>,
     is_incomplete: bool,
+    /// What was found in chunks that are done with, between this one and the next that is not.
+    above: ScrubFound,
 }
 
 /// What members are asked.
@@ -108,6 +110,7 @@ pub(super) struct Chunks {
     size_bytes: u64,
     next: u64,
     under_way: BTreeMap<u64, Chunk>,
+    /// Below [`Chunks::position`]: what lies above is looked at again by whoever goes on from there, and must not count twice.
     found: ScrubFound,
 }
 
@@ -130,9 +133,11 @@ impl Chunks {
 
     /// There is another member, now one of so many in force: it has looked at nothing so far.
     pub(super) fn joined(&mut self, in_force: usize) {
-        let under_way: u64 = self.under_way.values().map(|c| c.range.length).sum();
-        self.found.incomplete_bytes = self.found.incomplete_bytes.max(self.next - under_way);
-        for chunk in self.under_way.values_mut() {
+        self.found.incomplete_bytes = self.found.incomplete_bytes.max(self.position());
+        let mut end = self.next;
+        for chunk in self.under_way.values_mut().rev() {
+            chunk.above.incomplete_bytes = end - chunk.range.end();
+            end = chunk.range.offset;
             if let Look::Asked { in_force: before, is_joined, .. } = &mut chunk.look {
                 (*before, *is_joined) = (in_force.max(*before), true);
             }
@@ -144,7 +149,7 @@ impl Chunks {
         self.under_way.keys().next().copied().unwrap_or(self.next)
     }
 
-    /// What was found in chunks that are done with.
+    /// What was found below [`Chunks::position`].
     pub(super) fn found(&self) -> ScrubFound {
         self.found
     }
@@ -181,6 +186,7 @@ impl Chunks {
             bad: BTreeMap::new(),
             hopeless: BTreeMap::new(),
             is_incomplete: false,
+            above: ScrubFound::default(),
         };
         self.under_way.insert(range.offset, chunk);
     }
@@ -278,13 +284,14 @@ impl Chunks {
         };
         let offset = chunk.range.offset;
         let looked = chunk.looked(now, &answers);
-        if let Some(chunk) = self.under_way.get(&offset)
-            && !matches!(chunk.look, Look::Due { .. })
-        {
+        let is_done = !matches!(chunk.look, Look::Due { .. });
+        if is_done && let Some(chunk) = self.under_way.remove(&offset) {
             let still: BTreeSet<(usize, PeerId)> =
                 looked.faults.iter().flat_map(|f| f.bad.iter().map(|(peer, _)| (f.index, *peer))).collect();
-            self.found.add(chunk, &answers.of, &still);
-            self.under_way.remove(&offset);
+            let below = self.under_way.range_mut(..offset).next_back();
+            let found = below.map_or(&mut self.found, |(_, below)| &mut below.above);
+            found.add(&chunk, &answers.of, &still);
+            found.join(chunk.above);
         }
         Some(looked)
     }
@@ -322,6 +329,19 @@ impl Chunk {
 }
 
 impl ScrubFound {
+    fn join(&mut self, other: ScrubFound) {
+        let ScrubFound { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes } = other;
+        for (count, more) in [
+            (&mut self.bad_blocks, bad_blocks),
+            (&mut self.differing_blocks, differing_blocks),
+            (&mut self.repaired_blocks, repaired_blocks),
+            (&mut self.unrepaired_blocks, unrepaired_blocks),
+            (&mut self.incomplete_bytes, incomplete_bytes),
+        ] {
+            *count = count.saturating_add(more);
+        }
+    }
+
     /// Counts a chunk that is done with; `still` is bad, as the last look at it showed. What was counted before may have come
     /// from a file and be anything.
     fn add(&mut self, chunk: &Chunk, answers: &BTreeMap<PeerId, Vec<BlockFound>>, still: &BTreeSet<(usize, PeerId)>) {

@@ -141,7 +141,7 @@ fn what_was_done_before_a_member_joined_is_incomplete_and_what_is_under_way_is_l
     ask(&mut chunks, BLOCK_BYTES, 1, &[0], 1);
     chunks.joined(2);
     chunks.joined(2);
-    assert_eq!(chunks.found().incomplete_bytes, 2 * BLOCK_BYTES, "that of others counts once");
+    assert_eq!(chunks.found().incomplete_bytes, BLOCK_BYTES, "below what is under way");
     assert!(chunks.answered(ms(0), 1, 0, Some(vec![SOUND])).is_some() && !chunks.is_done());
     look(&mut chunks, ms(500), &[Some(SOUND), Some(SOUND)]);
     assert_eq!((chunks.is_done(), chunks.found().incomplete_bytes), (true, 2 * BLOCK_BYTES));
@@ -186,6 +186,25 @@ fn who_has_not_answered_for_so_long_is_named() {
     assert_eq!(chunks.late(ms(100), ms(100)), [(9, 1)]);
     chunks.answered(ms(100), 9, 1, None);
     assert!(chunks.late(ms(200), ms(100)).is_empty() && !chunks.waits_for(9, 1), "a late answer is none");
+}
+
+#[test]
+fn what_was_found_above_a_chunk_that_is_under_way_does_not_count_for_its_position() {
+    let mut chunks = chunks(3 * BLOCK_BYTES);
+    while let Some(range) = chunks.peek(BLOCK_BYTES) {
+        chunks.begin(range, ms(0));
+    }
+    for (block, found) in [(2, [SOUND, OTHER]), (1, [BlockFound::Mismatch; 2])] {
+        ask(&mut chunks, block * BLOCK_BYTES, block, &[0, 1], 2);
+        found
+            .into_iter()
+            .enumerate()
+            .for_each(|(peer, found)| _ = chunks.answered(ms(0), block, peer, Some(vec![found])));
+        assert_eq!((chunks.position(), chunks.found()), (0, ScrubFound::default()), "all is looked at from there on");
+    }
+    look(&mut chunks, ms(0), &[Some(SOUND); 2]);
+    let found = ScrubFound { bad_blocks: 2, differing_blocks: 1, unrepaired_blocks: 2, ..ScrubFound::default() };
+    assert_eq!((chunks.position(), chunks.found()), (3 * BLOCK_BYTES, found));
 }
 
 #[test]
