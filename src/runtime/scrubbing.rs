@@ -4,6 +4,7 @@
 //! Owns the schedule and one small file per volume in the state directory, if there is one. What is lost with the file is how
 //! far a scrub was: nothing that a replica holds. How a scrub is done is the state machine's (`volume/scrub.rs`).
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -38,11 +39,14 @@ struct Kept {
 }
 
 /// A scrub that has not ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Running {
     began_ms: u64,
     position: u64,
     counts: ScrubCounts,
+    /// Whose copies were compared below the position, but for what is counted as incomplete.
+    #[serde(default)]
+    members: BTreeSet<String>,
 }
 
 /// The scrubs of one volume.
@@ -67,6 +71,20 @@ struct State {
     is_astray: bool,
 }
 
+impl State {
+    fn end(&mut self, mark: ScrubMark, is_finished: bool) {
+        let ended_ms = now_ms();
+        let began_ms = self.kept.running.take().map_or(ended_ms, |running| running.began_ms);
+        self.kept.last = Some(ScrubResult {
+            began_ms,
+            ended_ms,
+            is_finished,
+            done_bytes: mark.position,
+            counts: counts(mark.found),
+        });
+    }
+}
+
 fn now_ms() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
@@ -77,7 +95,11 @@ fn counts(found: ScrubFound) -> ScrubCounts {
     ScrubCounts { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes }
 }
 
-fn mark(running: Running) -> ScrubMark {
+fn view(snapshot: &VolumeSnapshot) -> BTreeSet<String> {
+    snapshot.view.iter().map(ToString::to_string).collect()
+}
+
+fn mark(running: &Running) -> ScrubMark {
     let ScrubCounts { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes } =
         running.counts;
     let found = ScrubFound { bad_blocks, differing_blocks, repaired_blocks, unrepaired_blocks, incomplete_bytes };
@@ -100,6 +122,15 @@ impl Running {
     /// Whether a scrub of a volume of this size can be there.
     fn fits(&self, size_bytes: u64) -> bool {
         self.position <= size_bytes && self.position.is_multiple_of(BLOCK_BYTES)
+    }
+
+    /// What was found, to go on from with these members: one that is new has looked at nothing so far.
+    fn mark_for(&self, members: &BTreeSet<String>) -> ScrubMark {
+        let mut mark = mark(self);
+        if !members.is_subset(&self.members) {
+            mark.found.incomplete_bytes = mark.found.incomplete_bytes.max(self.position);
+        }
+        mark
     }
 }
 
@@ -129,39 +160,26 @@ impl Scrubbing {
         let mut state = self.lock();
         // One that somebody orders before takes the place of what an engine before was at.
         state.is_resumed = true;
-        let before = state.kept.running.filter(|running| running.position == position && position > 0);
-        let new = Running { began_ms: now_ms(), position, counts: ScrubCounts::default() };
+        let before = state.kept.running.take().filter(|running| running.position == position && position > 0);
+        let new = Running { began_ms: now_ms(), position, ..Running::default() };
         state.kept.running = Some(before.unwrap_or(new));
     }
 
     /// A scrub ended.
     pub(super) fn ended(&self, mark: ScrubMark, is_finished: bool) {
-        let mut state = self.lock();
-        let ended_ms = now_ms();
-        let began_ms = state.kept.running.take().map_or(ended_ms, |running| running.began_ms);
-        state.kept.last = Some(ScrubResult {
-            began_ms,
-            ended_ms,
-            is_finished,
-            done_bytes: mark.position,
-            counts: counts(mark.found),
-        });
+        self.lock().end(mark, is_finished);
     }
 
     /// Ends what an engine before was at, if that has not gone on yet; whether there was such a scrub of this volume.
     fn stop_kept(&self, uuid: Option<&str>) -> bool {
-        let running = {
-            let state = self.lock();
-            let is_of_this = state.kept.uuid.is_empty() || uuid.is_none_or(|uuid| state.kept.uuid == uuid);
-            if state.is_resumed || !is_of_this {
-                return false;
-            }
-            state.kept.running
-        };
-        if let Some(running) = running {
-            self.ended(mark(running), false);
+        let mut state = self.lock();
+        let is_of_this = state.kept.uuid.is_empty() || uuid.is_none_or(|uuid| state.kept.uuid == uuid);
+        if state.is_resumed || !is_of_this {
+            return false;
         }
-        running.is_some()
+        let Some(mark) = state.kept.running.as_ref().map(mark) else { return false };
+        state.end(mark, false);
+        true
     }
 
     /// Brings it up to the volume as it is; returns what the volume is to do.
@@ -175,25 +193,27 @@ impl Scrubbing {
             let kept = if is_other { Kept { since_ms: now_ms, ..Kept::default() } } else { state.kept.clone() };
             state.kept = Kept { uuid, ..kept };
         }
+        // The clock may have been set back.
+        state.kept = std::mem::take(&mut state.kept).not_after(now_ms);
+        state.tried_at_ms = state.tried_at_ms.min(now_ms);
         if !std::mem::replace(&mut state.is_resumed, true)
-            && let Some(running) = state.kept.running
+            && let Some(running) = &state.kept.running
         {
-            let fits = running.fits(snapshot.size_bytes);
-            if !fits {
-                warn!("the scrub of the engine before cannot have been at byte {}: it begins anew", running.position);
-                state.kept.running = None;
+            if running.fits(snapshot.size_bytes) {
+                return Some(Command::Scrub { from: running.mark_for(&view(snapshot)) });
             }
-            return Some(Command::Scrub { from: if fits { mark(running) } else { ScrubMark::default() } });
+            warn!("the scrub of the engine before cannot have been at byte {}: it begins anew", running.position);
+            state.kept.running = None;
+            return Some(Command::Scrub { from: ScrubMark::default() });
         }
         match &snapshot.scrub {
             Some(scrub) => {
                 state.is_astray = false;
-                let running = state.kept.running.get_or_insert(Running {
-                    began_ms: now_ms,
-                    position: 0,
-                    counts: ScrubCounts::default(),
-                });
+                let running =
+                    state.kept.running.get_or_insert_with(|| Running { began_ms: now_ms, ..Running::default() });
                 (running.position, running.counts) = (scrub.mark.position, counts(scrub.mark.found));
+                // One that joined in the midst is counted by the scrub.
+                running.members = view(snapshot);
                 None
             }
             None if state.kept.running.is_some() && !state.is_astray => {
@@ -245,7 +265,7 @@ impl Scrubbing {
         let state = self.lock();
         let last = state.kept.last;
         let Some(scrub) = snapshot else {
-            if let Some(running) = state.kept.running {
+            if let Some(running) = &state.kept.running {
                 return ScrubStatus {
                     state: ScrubState::Waiting,
                     waits_for: Some("the volume".to_owned()),
@@ -411,7 +431,7 @@ mod tests {
         let Some(Command::Scrub { from }) = after.look(&snapshot(1, None), now_ms()) else { panic!("it goes on") };
         assert_eq!((from.position, from.found.bad_blocks), (3 * MIB, 2));
         after.begun(3 * MIB);
-        let began_ms = before.lock().kept.running.expect("it runs").began_ms;
+        let began_ms = before.lock().kept.running.as_ref().expect("it runs").began_ms;
         after.ended(ScrubMark { position: 8 * MIB, ..from }, true);
         assert_eq!(after.status(None).last.map(|last| (last.began_ms, last.counts.bad_blocks)), Some((began_ms, 2)));
         after.keep(now_ms(), false);
@@ -486,9 +506,27 @@ mod tests {
         for (position, from) in [(8 * MIB, 8 * MIB), (8 * MIB + BLOCK_BYTES, 0), (u64::MAX, 0), (MIB + 1, 0)] {
             let scrubbing = Scrubbing::new("v", None, None);
             let counts = ScrubCounts { bad_blocks: u64::MAX, ..ScrubCounts::default() };
-            scrubbing.lock().kept.running = Some(Running { began_ms: 0, position, counts });
+            scrubbing.lock().kept.running =
+                Some(Running { began_ms: 0, position, counts, members: view(&snapshot(1, None)) });
             let Some(Command::Scrub { from: mark }) = scrubbing.look(&snapshot(1, None), 0) else { panic!("a scrub") };
             assert_eq!((mark.position, mark.found.bad_blocks), (from, if from == 0 { 0 } else { u64::MAX }));
+        }
+    }
+
+    #[test]
+    fn a_member_that_joined_between_two_engines_is_not_called_in_order_where_it_did_not_look() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let of = |view: &[&str], scrub| {
+            let view = view.iter().map(|name| name.parse().expect("a name")).collect();
+            VolumeSnapshot { view, ..snapshot(1, scrub) }
+        };
+        let before = Scrubbing::new("v", None, Some(dir.path()));
+        before.look(&of(&["a", "b"], Some(3 * MIB)), 0);
+        before.keep(0, true);
+        for (view, incomplete_bytes) in [(&["a", "b"][..], 0), (&["a"], 0), (&["a", "b", "c"], 3 * MIB)] {
+            let after = Scrubbing::new("v", None, Some(dir.path()));
+            let Some(Command::Scrub { from }) = after.look(&of(view, None), 0) else { panic!("it goes on") };
+            assert_eq!((from.position, from.found.incomplete_bytes), (3 * MIB, incomplete_bytes), "{view:?}");
         }
     }
 
@@ -509,6 +547,22 @@ mod tests {
         assert!((before + HOUR_MS..=now_ms() + HOUR_MS).contains(&next_ms));
     }
 
+    #[test]
+    fn a_clock_that_is_set_back_puts_no_scrub_off_and_holds_up_no_file() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let scrubbing = Scrubbing::new("v", Some(HOUR), Some(dir.path()));
+        scrubbing.ended(ScrubMark::default(), true);
+        scrubbing.keep(now_ms(), true);
+        let earlier = now_ms() - 100 * HOUR_MS;
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, Some(MIB)), earlier)), None);
+        scrubbing.keep(earlier, false);
+        scrubbing.look(&snapshot(1, Some(2 * MIB)), earlier + 5000);
+        scrubbing.keep(earlier + 5000, false);
+        assert_eq!(Scrubbing::new("v", Some(HOUR), Some(dir.path())).status(None).done_bytes, 2 * MIB);
+        scrubbing.lock().kept.running = None;
+        assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), earlier + HOUR_MS)), Some(0));
+    }
+
     #[tokio::test]
     async fn a_disk_that_hangs_is_not_waited_for_longer_than_the_deadline() {
         let (release, released) = std::sync::mpsc::channel::<()>();
@@ -519,7 +573,7 @@ mod tests {
 
     #[test]
     fn what_an_engine_before_was_at_can_be_stopped_before_it_goes_on() {
-        let running = Running { began_ms: 5, position: 3 * MIB, counts: ScrubCounts::default() };
+        let running = Running { began_ms: 5, position: 3 * MIB, ..Running::default() };
         let uuid = snapshot(1, None).uuid.expect("it has one").to_string();
         let scrubbing = Scrubbing::new("v", None, None);
         scrubbing.lock().kept = Kept { uuid, running: Some(running), ..Kept::default() };
