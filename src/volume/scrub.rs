@@ -99,6 +99,9 @@ pub(super) struct Scrub {
     rate: Rate,
     /// Members that are out of reach or answer nothing, and since when each is or does.
     absent: BTreeMap<ReplicaName, Time>,
+    /// Reads that were given up and that members still owe an answer to: until then these are out of reach, or each chunk
+    /// would take as long as this one.
+    owed: Vec<(u64, PeerId)>,
     speed_from: (u64, Time),
     bytes_per_second: u64,
 }
@@ -130,7 +133,15 @@ impl<T> Volume<T> {
         let rate = Rate::with_rests(self.settings.scrub_rate_min, BUSY.1, now);
         let members = self.scrub_view();
         let speed_from = (position, now);
-        self.scrub = Some(Scrub { chunks, members, rate, absent: BTreeMap::new(), speed_from, bytes_per_second: 0 });
+        self.scrub = Some(Scrub {
+            chunks,
+            members,
+            rate,
+            absent: BTreeMap::new(),
+            owed: vec![],
+            speed_from,
+            bytes_per_second: 0,
+        });
         self.notice(Notice::Scrubbing { position });
         Ok(())
     }
@@ -150,8 +161,8 @@ impl<T> Volume<T> {
         }
         self.pace_scrub(now);
         self.look_for_joined();
-        self.look_for_absent(now);
         self.give_up_late_looks(now);
+        self.look_for_absent(now);
         if self.scrub_waits_for(now).is_none() {
             self.begin_scrub_chunks(now);
             self.ask_for_scrub_chunks(now);
@@ -179,9 +190,10 @@ impl<T> Volume<T> {
     /// Members in force that can be asked, and how many there are in force.
     fn scrub_members(&self) -> (Vec<PeerId>, usize) {
         let Some(membership) = &self.membership else { return (Vec::new(), 0) };
+        let owed = self.scrub.as_ref().map_or(&[][..], |scrub| &scrub.owed);
         let can = |id: &PeerId| {
             let peer = &self.peers[*id];
-            let has_room = peer.reads.len() < OUTSTANDING_MAX;
+            let has_room = peer.reads.len() < OUTSTANDING_MAX && !owed.iter().any(|(_, owing)| owing == id);
             peer.is_ready_member() && membership.in_force.contains(&peer.name) && has_room
         };
         ((0..self.peers.len()).filter(can).collect(), membership.in_force.len())
@@ -301,9 +313,13 @@ impl<T> Volume<T> {
     /// Goes on without answers that take too long.
     fn give_up_late_looks(&mut self, now: Time) {
         let late = self.scrub.as_ref().map(|s| s.chunks.late(now, ANSWER_MAX)).unwrap_or_default();
-        for (id, peer) in late {
-            self.peers[peer].cancel(id);
-            self.scrub_answered(now, id, peer, None);
+        for (id, peer) in &late {
+            self.peers[*peer].cancel(*id);
+            self.scrub_answered(now, *id, *peer, None);
+        }
+        if let Some(scrub) = &mut self.scrub {
+            scrub.owed.extend(late);
+            scrub.owed.retain(|(id, peer)| self.peers[*peer].reads.contains_key(id));
         }
     }
 
