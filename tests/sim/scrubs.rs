@@ -277,6 +277,20 @@ fn a_member_whose_reads_hang_does_not_slow_down_the_scrub_of_the_others() {
 }
 
 #[test]
+fn while_a_client_waits_for_its_answer_a_scrub_looks_once_at_a_time() {
+    for (is_write, looks) in [(true, 1), (false, 4)] {
+        let mut w = serving(Setup { lag_max: ms(60_000), ..large(3023) });
+        w.scrub(0, ScrubMark::default()).unwrap();
+        (0..3).for_each(|agent| w.stall_agent(agent, ms(3000)));
+        let write = is_write.then(|| w.write(0, 0, 8, false));
+        w.run_for(ms(2000));
+        assert_eq!(w.reads_outstanding(0), 3 * looks, "looks at three members each");
+        write.into_iter().for_each(|write| drop(w.done(0, write)));
+        assert!(w.run_until(LONG, |w| !w.scrubs_finished().is_empty()));
+    }
+}
+
+#[test]
 fn a_scrub_waits_while_nothing_can_be_repaired() {
     let mut w = serving(Setup::quiet(3016, AckPolicy::Majority));
     w.agents[0].disk.image.rot(77);
