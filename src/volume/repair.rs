@@ -126,12 +126,12 @@ impl Repair {
         self.bad.iter().any(|(bad, _)| *bad == peer)
     }
 
-    /// Copies of these members were found good: one that was bad before may be copied from again.
-    fn believe(&mut self, sound: &[PeerId]) {
+    /// Copies of these members were found good: one that was bad before may be copied from again. Returns these.
+    fn believe(&mut self, sound: &[PeerId]) -> Vec<(PeerId, Damage)> {
         if matches!(self.step, Step::Given(_)) || sound.is_empty() {
-            return;
+            return Vec::new();
         }
-        self.bad.retain(|(peer, _)| !sound.contains(peer));
+        let good_again = self.bad.extract_if(.., |(peer, _)| sound.contains(peer)).collect();
         self.failed.retain(|peer| !sound.contains(peer));
         if let Some(good) = &mut self.good
             && (good.is_empty() || good.iter().any(|good| !sound.contains(good)))
@@ -141,6 +141,7 @@ impl Repair {
             *good = sound.to_vec();
         }
         self.step = Step::Seek;
+        good_again
     }
 
     fn may_read_at(&self, peer: PeerId) -> bool {
@@ -157,6 +158,8 @@ pub(super) struct Repairs {
     /// Blocks made good of late, and by which record.
     healed: VecDeque<(u64, Seq)>,
     ties: Ties,
+    /// Copies that were found good again without any record, until that is told.
+    good_again: Vec<Healed>,
 }
 
 impl Repairs {
@@ -191,7 +194,8 @@ impl Repairs {
                 repair.good = None;
             }
             if !is_tied {
-                repair.believe(&finding.sound);
+                let good_again = repair.believe(&finding.sound).into_iter();
+                self.good_again.extend(good_again.map(|(peer, what)| Healed { block, peer, what }));
             }
             if what == Damage::Differs {
                 // What is being read may be what differs.
@@ -302,7 +306,8 @@ impl Repairs {
 
     /// Takes out whoever holds the record that makes a block good, or is no member any more; returns the former.
     fn take_healed(&mut self, is_member: impl Fn(PeerId) -> bool, durable: impl Fn(PeerId) -> Seq) -> Vec<Healed> {
-        let mut healed = Vec::new();
+        let mut healed = std::mem::take(&mut self.good_again);
+        healed.retain(|healed| is_member(healed.peer));
         for (block, repair) in &mut self.blocks {
             let step = repair.step;
             if let Some(good) = &mut repair.good {
@@ -327,6 +332,7 @@ impl Repairs {
     }
 }
 
+#[derive(Debug)]
 struct Healed {
     block: u64,
     peer: PeerId,

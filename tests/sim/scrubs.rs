@@ -407,6 +407,7 @@ fn a_copy_that_is_good_again_repairs_those_that_are_not() {
     w.rot(0, 2 * 4096 + 9);
     let found = w.scrub_all(0);
     assert_eq!(found, ScrubFound { bad_blocks: 2, repaired_blocks: 2, ..ScrubFound::default() });
+    assert_eq!((0..3).map(|agent| w.found_and_repaired(0, agent)).collect::<Vec<_>>(), [(1, 1); 3]);
     w.agents.iter_mut().for_each(|agent| agent.rotten.clear());
     assert_eq!(w.scrub_all(0), ScrubFound::default());
     w.settle_and_compare();
