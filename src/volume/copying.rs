@@ -214,6 +214,12 @@ impl Copying {
         }
     }
 
+    /// What is being read of `range` is not to be used.
+    pub(super) fn lose_reads(&mut self, range: ByteRange) {
+        let is_in_it = |chunk: &&mut Chunk| chunk.copy.is_none() && chunk.read.range.overlaps(range);
+        self.chunks.values_mut().filter(is_in_it).for_each(|chunk| chunk.read.lose());
+    }
+
     /// Copies up to this one are durable.
     pub(super) fn copied(&mut self, id: u64) {
         let durable = |c: &Chunk| c.copy.is_some_and(|copy| copy <= id);

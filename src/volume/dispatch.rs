@@ -20,6 +20,8 @@ use super::{Answer, Failure, Notice, PeerId, Phase, ReadSpread, Time, Volume};
 impl<T> Volume<T> {
     pub(super) fn begin_read(&mut self, now: Time, token: T, what: ReadKind, range: ByteRange) {
         let compares = what == ReadKind::Data && self.settings.read == ReadSpread::Verify;
+        // A status of what nobody is sure of must not fail with that of its neighbours.
+        let range = if what == ReadKind::Extents { self.repairs.up_to_difference(range) } else { range };
         for piece in self.reads.begin(token, what, range, compares) {
             self.ask(now, piece);
         }
@@ -34,7 +36,7 @@ impl<T> Volume<T> {
             peer.is_ready_member()
                 && membership.in_force.contains(&peer.name)
                 && peer.reads.len() < READS_OUTSTANDING_MAX
-                && !piece.is_some_and(|p| p.was_asked(*id))
+                && !piece.is_some_and(|p| p.was_asked(*id) || p.has_failed_at(*id))
         };
         let mut candidates: Vec<PeerId> = (0..self.peers.len()).filter(may).collect();
         let last = self.last_given_out();
@@ -55,6 +57,7 @@ impl<T> Volume<T> {
         if self.reads.pieces.get(&piece).is_some_and(|p| p.round.is_some()) {
             return self.ask_all(now, piece);
         }
+        self.pass_over_differing(piece);
         let mut candidates = self.candidates(piece);
         match self.settings.read {
             ReadSpread::Adaptive | ReadSpread::Hedged | ReadSpread::Verify => candidates.truncate(1),
@@ -68,6 +71,20 @@ impl<T> Volume<T> {
             at.asked.push((id, now));
             at.outstanding += 1;
             self.peers[id].ask(after, last, piece, at.what, at.range);
+        }
+    }
+
+    /// Members that are known to hold something else than most are as good as such that have failed.
+    fn pass_over_differing(&mut self, id: u64) {
+        let last = self.last_given_out();
+        let Some(piece) = self.reads.pieces.get_mut(&id).filter(|p| p.what != ReadKind::Prefetch) else { return };
+        for peer in (0..self.peers.len()).filter(|peer| self.peers[*peer].role == super::Role::Member) {
+            if !piece.was_asked(peer)
+                && !piece.has_failed_at(peer)
+                && let Some(block) = self.repairs.differing(peer, piece.range, last).next()
+            {
+                piece.failed.push((peer, Some(block)));
+            }
         }
     }
 
@@ -95,7 +112,9 @@ impl<T> Volume<T> {
         let (what, range, compares) = (piece.what, piece.range, piece.round.is_some());
         let asked_at = piece.asked.iter().find(|(asked, _)| *asked == peer).map_or(now, |(_, at)| *at);
         let bad = repair::bad_block(&outcome, range);
+        let is_disbelieved = !compares && piece.has_failed_at(peer);
         match piece.judge(outcome) {
+            Some(_) if is_disbelieved => self.ask_another_or_fail(now, id),
             Some(Answer::Data(data)) if compares => {
                 self.note_client(asked_at, now);
                 self.compare_with(now, id, peer, applied, data);

@@ -32,7 +32,8 @@ pub(super) struct Piece {
     pub(super) asked: Vec<(PeerId, Time)>,
     /// Of these, how many may still answer.
     pub(super) outstanding: usize,
-    /// Members that answered with an error or a bad block, and where that is, as far as they said.
+    /// Members that answered with an error or a bad block, or are known to hold something else than most, and where that is,
+    /// as far as it is known.
     pub(super) failed: Vec<(PeerId, Option<u64>)>,
     /// If the answers of all members are compared.
     pub(super) round: Option<Round>,
@@ -48,6 +49,8 @@ pub(super) struct Round {
     /// The last record that an answer may show.
     pub(super) applied: Seq,
     pub(super) answers: Vec<(PeerId, Bytes)>,
+    /// Members that are known to hold something else than most, and of which block.
+    pub(super) disbelieved: Vec<(PeerId, u64)>,
     /// So many answers decided nothing.
     pub(super) undecided: usize,
     /// When members were asked for the first time.
@@ -56,7 +59,8 @@ pub(super) struct Round {
 
 impl Round {
     fn new(read: FreshRead) -> Round {
-        Round { read, seen: Seq(0), applied: Seq(0), answers: Vec::new(), undecided: 0, since: None }
+        let (answers, disbelieved) = (Vec::new(), Vec::new());
+        Round { read, seen: Seq(0), applied: Seq(0), answers, disbelieved, undecided: 0, since: None }
     }
 
     fn again(self) -> Round {
@@ -226,6 +230,26 @@ impl<T> Reads<T> {
         Some(again)
     }
 
+    /// A member turns out to hold something wrong of a block: answers that show it are not taken. `asked` says behind which
+    /// record the member was asked for a piece that it has not answered, `shows` whether an answer behind a record does.
+    pub(super) fn disbelieve(
+        &mut self,
+        peer: PeerId,
+        block: ByteRange,
+        asked: impl Fn(u64) -> Option<Seq>,
+        shows: impl Fn(Seq) -> bool,
+    ) {
+        let is_concerned = |p: &Piece| p.what != ReadKind::Prefetch && p.was_asked(peer) && p.range.overlaps(block);
+        for (id, piece) in self.pieces.iter_mut().filter(|(_, p)| is_concerned(p)) {
+            let has_failed = piece.has_failed_at(peer);
+            match &mut piece.round {
+                Some(round) if shows(round.seen) => round.disbelieved.push((peer, block.offset)),
+                None if !has_failed && asked(*id).is_some_and(&shows) => piece.failed.push((peer, Some(block.offset))),
+                Some(_) | None => {}
+            }
+        }
+    }
+
     /// A record was given out that changes `range`.
     pub(super) fn overlap(&mut self, range: ByteRange) {
         self.pieces.values_mut().filter_map(|p| p.round.as_mut()).for_each(|round| round.read.overlap(range));
@@ -319,4 +343,33 @@ impl<T> Reads<T> {
 fn cut(data: Bytes, begin: u64, wanted: ByteRange) -> Bytes {
     let at = (wanted.offset - begin) as usize;
     data.slice(at..at + wanted.length as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_member_was_asked_for_is_not_taken_if_it_shows_a_block_that_it_holds_wrong() {
+        let mut reads: Reads<u8> = Reads::new();
+        let block = ByteRange { offset: 4096, length: 4096 };
+        let mut piece = |what, offset, compares| {
+            let range = ByteRange { offset, length: 8192 };
+            let id = reads.begin(0, what, range, compares)[0];
+            let piece = reads.pieces.get_mut(&id).unwrap();
+            piece.asked = vec![(0, Time::ZERO), (1, Time::ZERO)];
+            id
+        };
+        let [before, behind, answered] = [0; 3].map(|_| piece(ReadKind::Data, 0, false));
+        let elsewhere = piece(ReadKind::Data, 8192, false);
+        let prefetch = piece(ReadKind::Prefetch, 0, false);
+        let compared = piece(ReadKind::Data, 0, true);
+        let asked = |id| (id != answered).then_some(Seq(if id == behind { 5 } else { 4 }));
+        reads.disbelieve(0, block, asked, |seen| seen < Seq(5));
+        reads.disbelieve(2, block, asked, |seen| seen < Seq(5));
+        let failed: Vec<u64> = reads.pieces.iter().filter(|(_, p)| !p.failed.is_empty()).map(|(id, _)| *id).collect();
+        assert_eq!(failed, [before], "not {elsewhere} or {prefetch}");
+        assert_eq!(reads.pieces[&before].failed, [(0, Some(4096))]);
+        assert_eq!(reads.pieces[&compared].round.as_ref().unwrap().disbelieved, [(0, 4096)]);
+    }
 }

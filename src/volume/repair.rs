@@ -144,6 +144,10 @@ impl Repair {
         good_again
     }
 
+    fn differs_at(&self, peer: PeerId) -> bool {
+        self.bad.contains(&(peer, Damage::Differs))
+    }
+
     fn may_read_at(&self, peer: PeerId) -> bool {
         self.good.as_ref().is_none_or(|good| good.contains(&peer))
             && !self.is_bad_at(peer)
@@ -185,8 +189,10 @@ impl Repairs {
             // A record that made it good, and it is bad again.
             let again = matches!(repair.step, Step::Given(seq) if seq <= finding.seen);
             let is_news = again || !repair.is_bad_at(bad);
-            if !repair.is_bad_at(bad) {
-                repair.bad.push((bad, what));
+            match repair.bad.iter_mut().find(|(peer, _)| *peer == bad) {
+                Some((_, before)) if what == Damage::Differs => *before = what,
+                Some(_) => {}
+                None => repair.bad.push((bad, what)),
             }
             if again {
                 repair.step = Step::Seek;
@@ -239,6 +245,7 @@ impl Repairs {
 
     /// All that a member held is given up: it is removed, or everything is copied to it anew.
     pub(super) fn give_up(&mut self, peer: PeerId) {
+        self.blocks.values_mut().for_each(|repair| repair.bad.retain(|(bad, _)| *bad != peer));
         self.ties.give_up(peer).into_iter().for_each(|block| self.seek_again(block));
     }
 
@@ -288,6 +295,49 @@ impl Repairs {
         }
     }
 
+    /// Blocks of which a member is known to hold something else than most, and a read of `range` there would show it that is
+    /// queued behind the record `seen`.
+    pub(super) fn differing(&self, peer: PeerId, range: ByteRange, seen: Seq) -> impl Iterator<Item = u64> {
+        let whole = range.aligned(BLOCK_BYTES);
+        let shows =
+            move |repair: &Repair| repair.differs_at(peer) && !matches!(repair.step, Step::Given(seq) if seq <= seen);
+        self.blocks.range(whole.offset..whole.end()).filter(move |(_, r)| shows(r)).map(|(block, _)| *block)
+    }
+
+    /// Whether a read of `range` would show that at this member.
+    pub(super) fn differs_at(&self, peer: PeerId, range: ByteRange, seen: Seq) -> bool {
+        self.differing(peer, range, seen).next().is_some()
+    }
+
+    /// Whether a member holds something else than most did in a block of `range`, and nobody else has a good copy any more.
+    pub(super) fn is_lost_at(&self, peer: PeerId, range: ByteRange) -> bool {
+        let whole = range.aligned(BLOCK_BYTES);
+        let mut blocks = self.blocks.range(whole.offset..whole.end());
+        blocks.any(|(_, repair)| repair.step == Step::Hopeless && repair.differs_at(peer))
+    }
+
+    /// The beginning of `range` in which nobody is known to differ; or in which somebody is, if it begins with that.
+    pub(super) fn up_to_difference(&self, range: ByteRange) -> ByteRange {
+        let is_open = |repair: &Repair| {
+            !matches!(repair.step, Step::Given(_)) && repair.bad.iter().any(|(_, what)| *what == Damage::Differs)
+        };
+        let whole = range.aligned(BLOCK_BYTES);
+        let Some((block, _)) = self.blocks.range(whole.offset..whole.end()).find(|(_, r)| is_open(r)) else {
+            return range;
+        };
+        let end = if *block > range.offset { *block } else { block + BLOCK_BYTES };
+        ByteRange { length: end.min(range.end()) - range.offset, ..range }
+    }
+
+    /// The record that makes a block good, or made it so of late.
+    fn made_good_by(&self, block: u64) -> Option<Seq> {
+        match self.blocks.get(&block).map(|repair| repair.step) {
+            Some(Step::Given(seq)) => Some(seq),
+            Some(Step::Seek | Step::Hopeless) => None,
+            None => self.healed.iter().rev().find(|(healed, _)| *healed == block).map(|(_, seq)| *seq),
+        }
+    }
+
     /// There is another member: it may have good copies of what no other has.
     pub(super) fn reconsider(&mut self) {
         let ties = &self.ties;
@@ -318,7 +368,9 @@ impl Repairs {
                 if is_healed && is_member(*peer) {
                     healed.push(Healed { block: *block, peer: *peer, what: *what });
                 }
-                !is_healed && is_member(*peer)
+                // One that leaves may come back with what differs; it gets whatever records change meanwhile.
+                let stays = *what == Damage::Differs && !matches!(step, Step::Given(_));
+                !is_healed && (is_member(*peer) || stays)
             });
             if let (Step::Given(seq), true) = (step, repair.bad.is_empty()) {
                 self.healed.push_back((*block, seq));
@@ -351,7 +403,19 @@ impl<T> Volume<T> {
                 let (replica, what) = (peer.name.clone(), finding.what);
                 self.notice(Notice::BadBlock { replica, offset: block, what });
             }
+            if finding.what == Damage::Differs {
+                self.disbelieve(finding.bad, block);
+            }
         }
+    }
+
+    /// What a member was asked for already and a block is part of that it holds wrong is used for nothing.
+    fn disbelieve(&mut self, peer: PeerId, block: u64) {
+        let good_since = self.repairs.made_good_by(block);
+        let shows = |seen: Seq| good_since.is_none_or(|seq| seq > seen);
+        let asked = &self.peers[peer].reads;
+        self.reads.disbelieve(peer, block_at(block), |id| asked.get(&id).copied(), shows);
+        self.lose_chunks(block_at(block));
     }
 
     /// Takes note of a block of which sound copies differ, behind the record `seen`; nothing is made good from any of them.

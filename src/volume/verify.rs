@@ -32,10 +32,14 @@ impl<T> Volume<T> {
             return;
         }
         let last = self.last_given_out();
+        let range = piece.range;
+        let differing = |peer: PeerId| self.repairs.differing(peer, range, last).map(move |block| (peer, block));
+        let disbelieved: Vec<(PeerId, u64)> = members.iter().copied().flat_map(differing).collect();
         let Some(piece) = self.reads.pieces.get_mut(&id) else { return };
         let (range, Some(round)) = (piece.range, &mut piece.round) else { return };
         round.read.ask(id, now);
         round.seen = last;
+        round.disbelieved = disbelieved;
         round.since.get_or_insert(now);
         for peer in members {
             piece.asked.push((peer, now));
@@ -59,8 +63,9 @@ impl<T> Volume<T> {
 
     fn electorate(&self, piece: &Piece) -> Electorate {
         let in_force = self.membership.as_ref().map_or(0, |m| m.in_force.len());
-        let bad = piece.failed.iter().filter_map(|(peer, block)| block.map(|block| (*peer, block))).collect();
-        Electorate { in_force, bad }
+        let failed = piece.failed.iter().filter_map(|(peer, block)| block.map(|block| (*peer, block)));
+        let disbelieved = piece.round.iter().flat_map(|round| round.disbelieved.iter().copied());
+        Electorate { in_force, bad: failed.chain(disbelieved).collect() }
     }
 
     /// Compares what is there.

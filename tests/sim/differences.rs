@@ -1,7 +1,7 @@
 //! Stories of copies of a block that all match their checksums and are not the same: who is wrong is not asked, and nobody
 //! guesses.
 
-use nbdcast::volume::{Command, Notice, ReadSpread, ScrubFound};
+use nbdcast::volume::{Command, Damage, Failure, Notice, ReadSpread, ScrubFound, ScrubMark};
 use protocol::AckPolicy;
 
 use crate::check;
@@ -95,4 +95,90 @@ fn a_tie_does_not_end_because_one_of_the_two_is_away_for_a_while() {
     w.everyone_is_back(0);
     w.run_for(ms(1000));
     assert_eq!(w.found_and_repaired(0, 2), (1, 0));
+}
+
+/// A world in which a's copy of a block is not what the others hold, a scrub found that, and the repair waits for b.
+fn differing(setup: Setup) -> World {
+    let mut w = with(ReadSpread::Adaptive, setup);
+    replace(&mut w, 0, 2);
+    w.scrub(0, ScrubMark::default()).unwrap();
+    let (replica, offset, what) = (replica_name(0), AT as u64, Damage::Differs);
+    let found = Notice::BadBlock { replica, offset, what };
+    assert!(w.run_until(LONG, |w| w.notices.contains(&found)));
+    w.agents[1].reads_hang_until = w.now + ms(3000);
+    w
+}
+
+#[test]
+fn a_member_that_differs_is_not_asked_until_it_is_repaired() {
+    let mut w = differing(Setup::quiet(5010, AckPolicy::First));
+    let right = on_disk(&w, 2);
+    for _ in 0..50 {
+        // None of them is a's, which would be the best to ask.
+        assert!(w.read_now(0, 2 * BLOCK, BLOCK) == right);
+        w.read_now(0, BLOCK, 2 * BLOCK + 3);
+        assert_eq!(w.status_now(0, 2 * BLOCK, BLOCK), "DDDDDDDD");
+    }
+    assert_eq!(w.found_and_repaired(0, 0), (1, 0), "the repair came too soon to show anything");
+    let before = w.agents[0].reads_done;
+    (0..10).for_each(|_| drop(w.read_now(0, 0, BLOCK)));
+    assert!(w.agents[0].reads_done > before, "of other blocks it is asked");
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    w.settle_and_compare();
+}
+
+#[test]
+fn what_only_a_member_has_that_differs_is_an_error_until_another_is_back() {
+    let mut w = differing(Setup::quiet(5011, AckPolicy::First));
+    let right = on_disk(&w, 2);
+    (1..3).for_each(|agent| w.kill_agent(agent, false));
+    let io = Some(Err(Failure::Io));
+    for _ in 0..3 {
+        let read = w.read(0, 2 * BLOCK, BLOCK);
+        assert!(w.run_until(LONG, |w| w.answer(0, read).is_some()), "it is not waited for for ever");
+        assert_eq!(w.answer(0, read).cloned(), io);
+        let status = w.status(0, 2 * BLOCK, 2 * BLOCK);
+        assert!(w.run_until(LONG, |w| w.answer(0, status).cloned() == io));
+        w.run_for(ms(3000));
+    }
+    w.read_now(0, 0, 2 * BLOCK);
+    w.read_now(0, 3 * BLOCK, BLOCK);
+    assert_eq!(w.status_now(0, BLOCK, 2 * BLOCK), "DDDDDDDD????????");
+    (1..3).for_each(|agent| w.start_agent(agent));
+    w.everyone_is_back(0);
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    assert!(w.read_now(0, 2 * BLOCK, BLOCK) == right);
+    w.settle_and_compare();
+}
+
+#[test]
+fn what_differs_is_not_copied_to_a_replica_that_is_brought_back() {
+    let mut w = differing(Setup { replicas: 4, ..Setup::quiet(5012, AckPolicy::First) });
+    let (wrong, right) = (on_disk(&w, 0), on_disk(&w, 2));
+    w.command(0, Command::StopScrub).unwrap();
+    w.command(0, Command::Resync { replica: replica_name(3), full: true }).unwrap();
+    assert!(w.run_until(LONG, |w| w.view(0) == "a b c"));
+    let is_back = w.run_until(LONG, |w| {
+        assert!(on_disk(w, 3) != wrong, "d has it from a");
+        w.view(0) == "a b c d"
+    });
+    assert!(is_back && on_disk(&w, 3) == right);
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    w.settle_and_compare();
+}
+
+#[test]
+fn a_comparison_does_not_believe_a_member_alone_that_is_known_to_differ() {
+    let mut w = with(ReadSpread::Verify, Setup::quiet(5013, AckPolicy::First));
+    replace(&mut w, 0, 2);
+    let right = w.read_now(0, 2 * BLOCK, BLOCK);
+    // The others hold the right one, and no repair can be made from it.
+    (1..3).for_each(|agent| w.agents[agent].reads_hang_until = w.now + ms(1000));
+    let read = w.read(0, 2 * BLOCK, BLOCK);
+    w.run_for(ms(100));
+    (1..3).for_each(|agent| w.kill_agent(agent, false));
+    assert!(w.run_until(LONG, |w| w.answer(0, read) == Some(&Err(Failure::Io))), "{:?}", w.answer(0, read));
+    (1..3).for_each(|agent| w.start_agent(agent));
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    assert!(w.read_now(0, 2 * BLOCK, BLOCK) == right);
 }

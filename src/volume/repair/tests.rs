@@ -174,3 +174,60 @@ fn after_a_record_that_made_a_block_good_any_member_may_have_the_good_copy() {
     (0..2).for_each(|bad| _ = repairs.note(4096, &finding(bad, 2)));
     assert!(repairs.blocks[&4096].may_read_at(2));
 }
+
+#[test]
+fn a_member_that_differs_is_known_until_a_read_comes_behind_the_record_that_makes_it_good() {
+    let mut repairs = Repairs::default();
+    repairs.note(4096, &finding(0, 1));
+    let range = ByteRange { offset: 100, length: 4096 };
+    assert!(!repairs.differs_at(0, range, Seq(9)), "it cannot answer a read of it anyway");
+    repairs.note(4096, &differs(4096, 0, 2, 2));
+    repairs.note(4096, &differs(4096, 1, 2, 2));
+    let of = |repairs: &Repairs, peer, seen| repairs.differing(peer, range, Seq(seen)).collect::<Vec<_>>();
+    assert_eq!((of(&repairs, 0, 9), of(&repairs, 1, 9), of(&repairs, 2, 9)), (vec![4096], vec![4096], vec![]));
+    assert!(!repairs.differs_at(0, block_at(0), Seq(9)));
+    assert_eq!(repairs.made_good_by(4096), None);
+    repairs.overlap(block_at(4096), Seq(5));
+    assert!(repairs.differs_at(0, range, Seq(4)) && !repairs.differs_at(0, range, Seq(5)));
+    assert_eq!(repairs.made_good_by(4096), Some(Seq(5)));
+    repairs.take_healed(|_| true, |_| Seq(5));
+    assert_eq!((of(&repairs, 0, 4), repairs.made_good_by(4096)), (vec![], Some(Seq(5))));
+}
+
+#[test]
+fn what_only_a_member_that_differs_has_is_lost_once_nobody_else_has_it() {
+    let mut repairs = Repairs::default();
+    repairs.note(4096, &differs(4096, 0, 2, 2));
+    assert!(!repairs.is_lost_at(0, block_at(4096)), "it is being repaired");
+    repairs.blocks.get_mut(&4096).unwrap().step = Step::Hopeless;
+    assert!(repairs.is_lost_at(0, block_at(4096)) && !repairs.is_lost_at(1, block_at(4096)));
+}
+
+#[test]
+fn a_status_ends_before_a_block_that_differs_or_behind_it() {
+    let mut repairs = Repairs::default();
+    repairs.note(0, &finding(0, 1));
+    repairs.note(8192, &differs(8192, 0, 2, 2));
+    let of = |repairs: &Repairs, offset, length| repairs.up_to_difference(ByteRange { offset, length }).length;
+    assert_eq!((of(&repairs, 0, 1 << 40), of(&repairs, 8000, 8000), of(&repairs, 0, 8192)), (8192, 192, 8192));
+    assert_eq!((of(&repairs, 8192, 1 << 40), of(&repairs, 9000, 8000), of(&repairs, 9000, 10)), (4096, 3288, 10));
+    repairs.overlap(block_at(8192), Seq(5));
+    assert_eq!(of(&repairs, 0, 1 << 40), 1 << 40);
+}
+
+#[test]
+fn a_member_that_differs_may_leave_and_come_back_with_it() {
+    let mut repairs = Repairs::default();
+    repairs.note(4096, &differs(4096, 0, 2, 2));
+    repairs.note(8192, &differs(8192, 0, 2, 2));
+    repairs.note(8192, &finding(1, 2));
+    assert!(repairs.take_healed(|_| false, |_| Seq(9)).is_empty());
+    assert!([4096, 8192].into_iter().all(|block| repairs.differs_at(0, block_at(block), Seq(9))));
+    assert!(!repairs.blocks[&8192].is_bad_at(1), "that it finds out by itself");
+    repairs.overlap(block_at(4096), Seq(3));
+    repairs.take_healed(|_| false, |_| Seq(2));
+    assert!(!repairs.blocks.contains_key(&4096), "it gets the record before it is a member");
+    repairs.give_up(0);
+    repairs.take_healed(|_| false, |_| Seq(2));
+    assert!(repairs.blocks.is_empty(), "all of it is copied anew");
+}

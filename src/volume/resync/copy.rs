@@ -118,10 +118,13 @@ impl<T> Volume<T> {
             let Some(copying) = self.resync.as_mut().and_then(Resync::copying) else { return };
             let Some(chunk) = copying.chunk(offset) else { continue };
             let range = chunk.read.range;
-            let can = |id: &&PeerId| !chunk.failed.contains(id) && self.peers[**id].reads.len() < READS_OUTSTANDING_MAX;
+            let can = |id: &&PeerId| {
+                let has_room = self.peers[**id].reads.len() < READS_OUTSTANDING_MAX;
+                has_room && !chunk.failed.contains(id) && !self.repairs.differs_at(**id, range, last)
+            };
             let cost = |id: &&PeerId| (last.ahead_of(self.peers[**id].durable) / 64, self.peers[**id].reads.len());
             let Some(source) = sources.iter().filter(can).min_by_key(cost).copied() else {
-                if members.iter().all(|id| chunk.failed.contains(id)) {
+                if members.iter().all(|id| chunk.failed.contains(id) || self.repairs.is_lost_at(*id, range)) {
                     // Those that could read it have left meanwhile.
                     return self.end_resync(now, "no member has a good copy of what it lacks".to_owned());
                 }
@@ -186,6 +189,13 @@ impl<T> Volume<T> {
     pub(in crate::volume) fn chunk_read_lost(&mut self, id: u64) {
         if let Some(copying) = self.resync.as_mut().and_then(Resync::copying) {
             copying.read_lost(id);
+        }
+    }
+
+    /// What is being read of `range` is not to be copied.
+    pub(in crate::volume) fn lose_chunks(&mut self, range: ByteRange) {
+        if let Some(copying) = self.resync.as_mut().and_then(Resync::copying) {
+            copying.lose_reads(range);
         }
     }
 
