@@ -1,5 +1,6 @@
 //! What is known of bad blocks, and what that leads to.
 
+use super::known::{READING_MAX, UNDER_WAY_MAX};
 use super::*;
 
 fn finding(bad: PeerId, seen: u64) -> Finding {
@@ -125,7 +126,7 @@ fn a_tied_block_is_made_good_from_no_copy_until_it_is_known_which_is_right() {
     assert_eq!(step(&repairs), Some(Step::Hopeless));
     repairs.agreed(block_at(4096), Seq(4), |_| false);
     assert_eq!(step(&repairs), Some(Step::Seek), "a later look");
-    for end in [|r: &mut Repairs| r.give_up(1), |r: &mut Repairs| drop(r.note(4096, &differs(4096, 0, 1, 5)))] {
+    for end in [|r: &mut Repairs| r.give_up(1), |r: &mut Repairs| assert!(r.note(4096, &differs(4096, 0, 1, 5)))] {
         repairs.tie(4096, vec![0, 1], Seq(4));
         hopeless(&mut repairs);
         end(&mut repairs);
