@@ -329,7 +329,7 @@ fn what_one_of_three_says_alone_is_named_and_overruled() {
 }
 
 #[test]
-fn a_member_that_was_right_and_left_is_not_copied_from_when_it_is_back() {
+fn what_a_member_lacks_that_was_away_does_not_come_from_one_that_is_wrong() {
     let mut w = serving(Setup::quiet(3019, AckPolicy::First));
     assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
     forge(&mut w, 0, 3);

@@ -24,8 +24,8 @@ pub(super) const HEALED_MAX: usize = 256;
 #[derive(Debug)]
 pub(super) struct Repair {
     pub(super) bad: Vec<(PeerId, Damage)>,
-    /// The only members to copy from, if any were named. Who leaves the view is none of them any more: what it holds when it
-    /// is back may have been copied from a member that was wrong.
+    /// The only members to copy from, if any were named. Who leaves the view and comes back is still one of them: nothing is
+    /// copied to it from a member that is known to differ.
     good: Option<Vec<PeerId>>,
     /// Members that could not read it for another reason.
     pub(super) failed: Vec<PeerId>,
@@ -67,7 +67,7 @@ impl Repair {
         good_again
     }
 
-    pub(in crate::volume) fn differs_at(&self, peer: PeerId) -> bool {
+    fn differs_at(&self, peer: PeerId) -> bool {
         self.bad.contains(&(peer, Damage::Differs))
     }
 
@@ -168,7 +168,10 @@ impl Repairs {
 
     /// All that a member held is given up: it is removed, or everything is copied to it anew.
     pub(in crate::volume) fn give_up(&mut self, peer: PeerId) {
-        self.blocks.values_mut().for_each(|repair| repair.bad.retain(|(bad, _)| *bad != peer));
+        for repair in self.blocks.values_mut() {
+            repair.bad.retain(|(bad, _)| *bad != peer);
+            repair.good.iter_mut().for_each(|good| good.retain(|good| *good != peer));
+        }
         self.ties.give_up(peer).into_iter().for_each(|block| self.seek_again(block));
     }
 
@@ -287,9 +290,6 @@ impl Repairs {
         healed.retain(|healed| is_member(healed.peer));
         for (block, repair) in &mut self.blocks {
             let step = repair.step;
-            if let Some(good) = &mut repair.good {
-                good.retain(|peer| is_member(*peer));
-            }
             repair.bad.retain(|(peer, what)| {
                 let is_healed = matches!(step, Step::Given(seq) if durable(*peer) >= seq);
                 if is_healed && is_member(*peer) {
