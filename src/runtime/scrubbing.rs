@@ -170,6 +170,11 @@ impl Scrubbing {
         self.lock().end(mark, is_finished);
     }
 
+    /// The volume served no more when it was to begin or to go on.
+    fn not_begun(&self) {
+        self.lock().is_resumed = false;
+    }
+
     /// Ends what an engine before was at, if that has not gone on yet; whether there was such a scrub of this volume.
     fn stop_kept(&self, uuid: Option<&str>) -> bool {
         let mut state = self.lock();
@@ -209,11 +214,12 @@ impl Scrubbing {
         match &snapshot.scrub {
             Some(scrub) => {
                 state.is_astray = false;
-                let running =
-                    state.kept.running.get_or_insert_with(|| Running { began_ms: now_ms, ..Running::default() });
-                (running.position, running.counts) = (scrub.mark.position, counts(scrub.mark.found));
-                // One that joined in the midst is counted by the scrub.
-                running.members = view(snapshot);
+                // None if its end was told since the snapshot was taken.
+                if let Some(running) = &mut state.kept.running {
+                    (running.position, running.counts) = (scrub.mark.position, counts(scrub.mark.found));
+                    // One that joined in the midst is counted by the scrub.
+                    running.members = view(snapshot);
+                }
                 None
             }
             None if state.kept.running.is_some() && !state.is_astray => {
@@ -331,8 +337,9 @@ pub(super) async fn look_after(task: Weak<VolumeTask>) {
         let Some(task) = task.upgrade() else { return };
         let (snapshot, _) = task.snapshot();
         if let Some(command) = task.scrubbing.look(&snapshot, now_ms()) {
-            // It was refused if somebody was faster, or if the volume serves no more.
-            let _ = task.command(command);
+            if task.command(command) == Err(CommandRefusal::NotServing) {
+                task.scrubbing.not_begun();
+            }
         }
         // A state directory may be on a slow disk. One that panics keeps nothing.
         let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), false)).await;
@@ -480,6 +487,7 @@ mod tests {
         }
         let nowhere = dir.path().join("scrub-v.json/below-a-file");
         let scrubbing = Scrubbing::new("v", Some(HOUR), Some(&nowhere));
+        scrubbing.begun(0);
         scrubbing.look(&snapshot(1, Some(MIB)), now_ms());
         scrubbing.keep(now_ms(), true);
         assert_eq!(scrubbing.status(None).done_bytes, MIB);
@@ -492,6 +500,7 @@ mod tests {
         std::fs::write(&file, "in the way").expect("it can be written");
         let open = || Scrubbing::new("v", Some(HOUR), Some(&file));
         let scrubbing = open();
+        scrubbing.begun(0);
         scrubbing.look(&snapshot(1, Some(MIB)), 0);
         scrubbing.keep(0, true);
         assert!(scrubbing.lock().is_warned && scrubbing.lock().written == Kept::default());
@@ -499,6 +508,22 @@ mod tests {
         scrubbing.keep(KEEP_EVERY.as_millis() as u64, false);
         assert!(!scrubbing.lock().is_warned, "the next failure is told again");
         assert_eq!(open().status(None).done_bytes, MIB);
+    }
+
+    #[test]
+    fn a_look_that_is_late_does_not_bring_back_a_scrub_that_ended_and_one_that_was_not_taken_up_is_tried_again() {
+        let scrubbing = Scrubbing::new("v", None, None);
+        scrubbing.begun(0);
+        scrubbing.ended(ScrubMark { position: 8 * MIB, ..ScrubMark::default() }, true);
+        scrubbing.look(&snapshot(1, Some(MIB)), now_ms());
+        assert_eq!(scrubbing.status(None).state, ScrubState::Idle);
+        let scrubbing = Scrubbing::new("v", None, None);
+        let members = view(&snapshot(1, None));
+        scrubbing.lock().kept.running = Some(Running { position: MIB, members, ..Running::default() });
+        for _ in 0..3 {
+            assert_eq!(begins_at(scrubbing.look(&snapshot(1, None), now_ms())), Some(MIB));
+            scrubbing.not_begun();
+        }
     }
 
     #[test]
@@ -521,6 +546,7 @@ mod tests {
             VolumeSnapshot { view, ..snapshot(1, scrub) }
         };
         let before = Scrubbing::new("v", None, Some(dir.path()));
+        before.begun(0);
         before.look(&of(&["a", "b"], Some(3 * MIB)), 0);
         before.keep(0, true);
         for (view, incomplete_bytes) in [(&["a", "b"][..], 0), (&["a"], 0), (&["a", "b", "c"], 3 * MIB)] {
@@ -554,6 +580,7 @@ mod tests {
         scrubbing.ended(ScrubMark::default(), true);
         scrubbing.keep(now_ms(), true);
         let earlier = now_ms() - 100 * HOUR_MS;
+        scrubbing.begun(0);
         assert_eq!(begins_at(scrubbing.look(&snapshot(1, Some(MIB)), earlier)), None);
         scrubbing.keep(earlier, false);
         scrubbing.look(&snapshot(1, Some(2 * MIB)), earlier + 5000);
