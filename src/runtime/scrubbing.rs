@@ -336,10 +336,10 @@ pub(super) async fn look_after(task: Weak<VolumeTask>) {
         interval.tick().await;
         let Some(task) = task.upgrade() else { return };
         let (snapshot, _) = task.snapshot();
-        if let Some(command) = task.scrubbing.look(&snapshot, now_ms()) {
-            if task.command(command) == Err(CommandRefusal::NotServing) {
-                task.scrubbing.not_begun();
-            }
+        if let Some(command) = task.scrubbing.look(&snapshot, now_ms())
+            && task.command(command) == Err(CommandRefusal::NotServing)
+        {
+            task.scrubbing.not_begun();
         }
         // A state directory may be on a slow disk. One that panics keeps nothing.
         let _ = tokio::task::spawn_blocking(move || task.scrubbing.keep(now_ms(), false)).await;
