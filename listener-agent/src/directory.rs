@@ -415,9 +415,9 @@ pub fn open_files(
     let open = |name: &str, caching, expected: u64| open_file(dir, name, caching, expected);
     let identity = &superblock.identity;
     let files = ReplicaFiles {
-        journal: open(JOURNAL, Caching::DirectDurable, identity.journal_bytes)?,
+        journal: open(JOURNAL, Caching::Direct, identity.journal_bytes)?,
         // A resize after the checkpoint may not have reached them: the journal makes them larger.
-        image: open(IMAGE, Caching::DirectLarge, superblock.image_bytes)?,
+        image: open(IMAGE, Caching::Buffered, superblock.image_bytes)?,
         checksums: open(CHECKSUMS, Caching::Buffered, checksum_file_bytes(superblock.image_bytes))?,
         dirty: open(DIRTY, Caching::Buffered, 0)?,
         superblock: Arc::new(superblock_file),

@@ -12,7 +12,6 @@ use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, f
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 
 use super::RawFile;
-use super::large_writes::{LargeWrites, open_direct};
 use super::write_out::WriteOut;
 
 /// How writes reach the device.
@@ -20,10 +19,8 @@ use super::write_out::WriteOut;
 pub enum Caching {
     /// Through the page cache.
     Buffered,
-    /// Durable writes past the page cache, if the filesystem can; all else through it.
-    DirectDurable,
-    /// Large writes past the page cache, if the filesystem can; all else through it, and nothing read but what is asked for.
-    DirectLarge,
+    /// Past the page cache, if the filesystem can.
+    Direct,
 }
 
 /// An open file.
@@ -33,7 +30,6 @@ pub struct SystemFile {
     buffered: File,
     /// Durable writes, past the page cache.
     direct: Option<File>,
-    large_writes: Option<LargeWrites>,
     /// Held while the length is compared and changed: of two who make the file longer neither may cut off the other.
     growing: Mutex<()>,
     write_out: WriteOut,
@@ -51,44 +47,38 @@ impl SystemFile {
             // Held for ourselves as long as it is open: nobody can mount it or use it for another replica.
             options.custom_flags(OFlags::EXCL.bits() as i32);
         }
-        let mut file = SystemFile::of(options.open(path)?);
-        match caching {
-            Caching::Buffered => {}
-            Caching::DirectDurable => file.direct = open_direct(path)?,
-            Caching::DirectLarge => {
-                file.large_writes = LargeWrites::open(path)?;
-                // Reading ahead makes large folios (see `large_writes`), and whoever reads in order has its own system
-                // read ahead. What comes of this hint changes no byte.
-                let _ = fadvise(&file.buffered, 0, None, Advice::Random);
-            }
-        }
-        Ok(file)
-    }
-
-    fn of(buffered: File) -> SystemFile {
-        SystemFile {
-            buffered,
-            direct: None,
-            large_writes: None,
-            growing: Mutex::default(),
-            write_out: WriteOut::default(),
-        }
+        let buffered = options.open(path)?;
+        let direct = match caching {
+            Caching::Buffered => None,
+            Caching::Direct => open_direct(path)?,
+        };
+        Ok(SystemFile { buffered, direct, growing: Mutex::default(), write_out: WriteOut::default() })
     }
 
     /// Opens an existing file for reading only.
     pub fn open_read_only(path: &Path) -> io::Result<SystemFile> {
-        Ok(SystemFile::of(File::open(path)?))
-    }
-
-    fn write_buffered(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.write_out.note(ByteRange { offset, length: data.len() as u64 });
-        self.buffered.write_all_at(data, offset)
+        Ok(SystemFile {
+            buffered: File::open(path)?,
+            direct: None,
+            growing: Mutex::default(),
+            write_out: WriteOut::default(),
+        })
     }
 
     /// The file descriptor, for locks.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.buffered
+    }
+}
+
+fn open_direct(path: &Path) -> io::Result<Option<File>> {
+    let flags = OFlags::DIRECT.bits() as i32;
+    match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Ok(file) => Ok(Some(file)),
+        // A filesystem without direct I/O: the page cache with a flush after each write is as durable.
+        Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
@@ -117,14 +107,8 @@ impl RawFile for SystemFile {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let written = match &self.large_writes {
-            Some(large_writes) => large_writes.write(offset, data)?,
-            None => None,
-        };
-        let Some(written) = written else { return self.write_buffered(offset, data) };
-        let (before, after) = ((written.offset - offset) as usize, (written.end() - offset) as usize);
-        self.write_buffered(offset, &data[..before])?;
-        self.write_buffered(written.end(), &data[after..])
+        self.write_out.note(ByteRange { offset, length: data.len() as u64 });
+        self.buffered.write_all_at(data, offset)
     }
 
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -209,7 +193,7 @@ mod tests {
 
     #[test]
     fn durable_writes_are_read_back_whatever_the_caching() {
-        for caching in [Caching::Buffered, Caching::DirectDurable, Caching::DirectLarge] {
+        for caching in [Caching::Buffered, Caching::Direct] {
             let (_dir, file) = file_of(16384, caching);
             let mut buffer = AlignedBuffer::with_capacity(4096);
             buffer.put(&[9; 4096]);

@@ -3,7 +3,6 @@
 
 pub mod aligned;
 pub mod file;
-mod large_writes;
 pub mod write_back;
 mod write_out;
 
