@@ -4,7 +4,7 @@
 //! Sessions come from connections of engines, or from an engine in the same process. Messages to an engine go to the
 //! session's sink, called without any lock held, so that a sink may call back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -23,13 +23,17 @@ use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
 use crate::journal::{HEADER_BYTES, group};
-use crate::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, JobError, Replica, SessionId, Time};
+use crate::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, JobError, ReadJob, Replica, SessionId, Time};
 use crate::superblock::Identity;
 
 /// Takes messages for an engine. Must not block.
 pub type Sink = Arc<dyn Fn(ToEngine) + Send + Sync>;
 
 const READER_THREADS: usize = 2;
+/// A read of so many bytes is done by whoever asks for it if memory has them: a thread that is called for it costs more.
+const CACHED_READ_BYTES_MAX: u64 = 64 << 10;
+/// Of reads that come together no more than this, bytes: the others wait, and other threads may be free.
+const CACHED_READS_BYTES_MAX: u64 = 256 << 10;
 /// How often the threads look at the clock when nothing happens.
 const IDLE_LOOK: Duration = Duration::from_millis(250);
 /// How often at most.
@@ -42,6 +46,8 @@ struct State {
     replica: Replica,
     sinks: BTreeMap<SessionId, Sink>,
     next_session: SessionId,
+    /// Reads at work for which a device must be waited for: for the threads that read.
+    uncached_reads: VecDeque<ReadJob>,
     /// Since when there is something to apply.
     apply_since: Option<Time>,
     stopping: bool,
@@ -123,7 +129,14 @@ impl ReplicaHost {
         let old_engines_gone = reach == Reach::ThisProcess;
         let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
         let replica = Replica::new(superblock, ring, opened.durable, dirty, Time::ZERO, old_engines_gone);
-        let state = State { replica, sinks: BTreeMap::new(), next_session: 1, apply_since: None, stopping: false };
+        let state = State {
+            replica,
+            sinks: BTreeMap::new(),
+            next_session: 1,
+            uncached_reads: VecDeque::new(),
+            apply_since: None,
+            stopping: false,
+        };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             journal_work: Work::default(),
@@ -235,7 +248,11 @@ impl Session {
         for message in messages {
             state.replica.handle(now, self.id, message);
         }
+        let reads = state.next_small_reads();
         self.shared.after_change(state);
+        if !reads.is_empty() {
+            self.shared.read_cached(reads);
+        }
     }
 }
 
@@ -258,6 +275,22 @@ impl State {
         } else {
             false
         }
+    }
+
+    fn next_small_reads(&mut self) -> Vec<ReadJob> {
+        let mut left = CACHED_READS_BYTES_MAX;
+        let mut reads = Vec::new();
+        while let Some(job) = self.replica.next_small_read(left.min(CACHED_READ_BYTES_MAX)) {
+            left -= job.range.length;
+            reads.push(job);
+        }
+        reads
+    }
+
+    /// Whether there is something for the threads that read.
+    fn has_read(&self) -> bool {
+        let r = &self.replica;
+        !self.uncached_reads.is_empty() || r.has_read() || r.has_fetch() || r.has_extend()
     }
 
     fn apply_due_at(&self) -> Option<Time> {
@@ -301,7 +334,7 @@ impl Shared {
         let journals = replica.has_group() && self.journal_work.has_waiting();
         let writes_metadata = (replica.has_metadata(now) && self.metadata_work.has_waiting())
             || replica.metadata_due_at().is_some_and(|due| self.metadata_work.sleeps_past(due));
-        let reads = (replica.has_read() || replica.has_fetch() || replica.has_extend()) && self.read_work.has_waiting();
+        let reads = state.has_read() && self.read_work.has_waiting();
         if replica.is_closed() || replica.condition() == Condition::Poisoned {
             self.closed.notify_all();
         }
@@ -351,6 +384,19 @@ impl Shared {
     fn change(&self, change: impl FnOnce(&mut Replica, Time)) {
         let mut state = self.lock();
         change(&mut state.replica, self.now());
+        self.after_change(state);
+    }
+
+    /// Answers those of the reads that memory has everything for, and leaves the others to the threads that read.
+    fn read_cached(&self, reads: Vec<ReadJob>) {
+        let outcomes = reads.iter().map(|job| self.image.read_cached(job.range)).collect::<Vec<_>>();
+        let mut state = self.lock();
+        for (job, outcome) in reads.into_iter().zip(outcomes) {
+            match outcome {
+                Some(outcome) => state.replica.read_done(job, outcome),
+                None => state.uncached_reads.push_back(job),
+            }
+        }
         self.after_change(state);
     }
 
@@ -421,15 +467,16 @@ fn write_metadata(shared: &Shared) {
 }
 
 enum ReadWork {
-    Image(crate::replica::ReadJob),
+    Image(ReadJob),
     Journal(FetchJob),
     Room(ExtendJob),
 }
 
 fn serve_reads(shared: &Shared) {
     let take = |state: &mut State, _: Time| {
+        let uncached = state.uncached_reads.pop_front();
         let r = &mut state.replica;
-        let read = r.next_read().map(ReadWork::Image);
+        let read = uncached.or_else(|| r.next_read()).map(ReadWork::Image);
         let fetch = read.or_else(|| r.next_fetch().map(ReadWork::Journal));
         fetch.or_else(|| r.next_extend().map(ReadWork::Room))
     };

@@ -253,7 +253,7 @@ impl Image {
     fn stored(&self, offset: u64, blocks: usize) -> io::Result<Vec<u32>> {
         let mut bytes = vec![0; blocks * CHECKSUM_BYTES as usize];
         self.checksums.read_at(offset / BLOCK_BYTES * CHECKSUM_BYTES, &mut bytes)?;
-        Ok(bytes.as_chunks().0.iter().map(|c| u32::from_le_bytes(*c)).collect())
+        Ok(checksums_from(&bytes))
     }
 
     /// The first block of a range of whole blocks that holds anything but zeroes, by its checksum. Looks at no more than
@@ -283,6 +283,19 @@ impl Image {
             }
             ReadKind::Scrub => self.scrub(range).map_or(ReadOutcome::Failed, ReadOutcome::Scrubbed),
         }
+    }
+
+    /// The bytes of a range, verified, if memory has it all; whatever else there is to say, [`Image::read`] says.
+    #[must_use]
+    pub fn read_cached(&self, range: ByteRange) -> Option<ReadOutcome> {
+        let whole = range.aligned(BLOCK_BYTES);
+        let mut blocks = vec![0; whole.length as usize];
+        let mut stored = vec![0; checksum_file_bytes(whole.length) as usize];
+        // Checksums first: they cost no call of the system.
+        let has_all = self.checksums.read_cached_at(checksums_of(whole).offset, &mut stored)
+            && self.image.read_cached_at(whole.offset, &mut blocks);
+        let verified = has_all.then(|| verify(range, whole, blocks, &checksums_from(&stored)))?.ok()?;
+        Some(ReadOutcome::Data { data: verified.data, crc: verified.crc })
     }
 
     /// What the disk holds of each block of a range of whole blocks. An error if the checksums cannot be read, or if blocks
@@ -316,11 +329,21 @@ impl Image {
         let mut blocks = vec![0; whole.length as usize];
         self.image.read_at(whole.offset, &mut blocks)?;
         let stored = self.stored(whole.offset, blocks.len() / BLOCK)?;
-        let (at, length) = ((range.offset - whole.offset) as usize, range.length as usize);
-        Ok(match chain::verify(&blocks, &stored, at, length) {
-            Ok(crc) => Ok(Verified { data: Bytes::from(blocks).slice(at..at + length), crc }),
-            Err(index) => Err(whole.offset + index as u64 * BLOCK_BYTES),
-        })
+        Ok(verify(range, whole, blocks, &stored))
+    }
+}
+
+fn checksums_from(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks().0.iter().map(|c| u32::from_le_bytes(*c)).collect()
+}
+
+/// What of `blocks`, which are those of the range `whole`, lies in `range`, or the offset of the first block that does not
+/// match its checksum.
+fn verify(range: ByteRange, whole: ByteRange, blocks: Vec<u8>, stored: &[u32]) -> Result<Verified, u64> {
+    let (at, length) = ((range.offset - whole.offset) as usize, range.length as usize);
+    match chain::verify(&blocks, stored, at, length) {
+        Ok(crc) => Ok(Verified { data: Bytes::from(blocks).slice(at..at + length), crc }),
+        Err(index) => Err(whole.offset + index as u64 * BLOCK_BYTES),
     }
 }
 

@@ -178,6 +178,10 @@ impl RawFile for SimFile {
         Ok(())
     }
 
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.read_at(offset, buffer).is_ok()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let (mut faults, mut bytes) = self.lock();
         let Faults { rng, full, writes_left, .. } = &mut *faults;

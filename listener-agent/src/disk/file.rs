@@ -1,7 +1,7 @@
 //! Files and block devices of the operating system.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use protocol::ranges::ByteRange;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fdatasync, seek};
-use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::RawFile;
 use super::write_out::WriteOut;
@@ -108,6 +108,12 @@ fn write_durably(file: &File, mut offset: u64, mut data: &[u8]) -> io::Result<()
 impl RawFile for SystemFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.buffered.read_exact_at(buffer, offset)
+    }
+
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        let length = buffer.len();
+        let read = preadv2(&self.buffered, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT);
+        read == Ok(length)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -240,6 +246,18 @@ mod tests {
         assert_eq!((file.length().unwrap(), back[4095], back[4096]), (12288, 1, 0));
         let device = SystemFile::open(Path::new("/dev/null"), Caching::Buffered).unwrap();
         assert_eq!(device.grow(4096).unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn what_the_cache_holds_is_read_without_waiting() {
+        let (_dir, file) = file_of(8192, Caching::Buffered);
+        file.write_at(4096, &[7; 4096]).unwrap();
+        let mut back = [0; 4000];
+        // Some filesystems cannot tell; those that can have it.
+        if file.read_cached_at(4096, &mut back) {
+            assert_eq!(back, [7; 4000]);
+        }
+        assert!(!file.read_cached_at(4196, &mut back), "behind the end of the file");
     }
 
     #[test]

@@ -201,6 +201,10 @@ impl RawFile for WriteBack {
         Ok(())
     }
 
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.pages().copy_to(range_of(offset, buffer), buffer).is_ok_and(|missing| missing.is_empty())
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let _changing = self.changing();
         let range = range_of(offset, data);

@@ -171,6 +171,10 @@ impl RawFile for Device {
         *self.bytes_read.lock().unwrap() += buffer.len() as u64;
         self.file.read_at(offset, buffer)
     }
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.read_at(offset, buffer).is_ok()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.write_at(offset, data)
     }

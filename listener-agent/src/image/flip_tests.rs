@@ -38,6 +38,10 @@ impl RawFile for Flipping {
         Ok(())
     }
 
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.read_at(offset, buffer).is_ok()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut data = data.to_vec();
         self.flip(offset, &mut data, true);

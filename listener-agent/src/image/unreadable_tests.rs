@@ -32,6 +32,10 @@ impl RawFile for BadSectors {
         self.file.read_at(offset, buffer)
     }
 
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.read_at(offset, buffer).is_ok()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let end = offset + data.len() as u64;
         self.bad.lock().unwrap().retain(|at| *at < offset || *at + BLOCK_BYTES > end);

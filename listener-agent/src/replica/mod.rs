@@ -594,6 +594,13 @@ impl Replica {
         self.reads.has_ready()
     }
 
+    /// As [`Replica::next_read`], if that is one for at most `bytes_max` bytes of data.
+    pub fn next_small_read(&mut self, bytes_max: u64) -> Option<ReadJob> {
+        let is_small = |job: &&ReadJob| job.what == ReadKind::Data && job.range.length <= bytes_max;
+        self.reads.next_ready().filter(is_small)?;
+        self.reads.start()
+    }
+
     /// The next read; [`Replica::read_done`] must follow. Several may be at work at once.
     pub fn next_read(&mut self) -> Option<ReadJob> {
         self.reads.start()

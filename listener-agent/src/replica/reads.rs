@@ -100,6 +100,11 @@ impl ReadQueue {
         !self.ready.is_empty()
     }
 
+    /// The read that [`ReadQueue::start`] would give.
+    pub(super) fn next_ready(&self) -> Option<&ReadJob> {
+        self.ready.front()
+    }
+
     pub(super) fn start(&mut self) -> Option<ReadJob> {
         let job = self.ready.pop_front()?;
         self.active.push(job);

@@ -61,6 +61,10 @@ impl RawFile for Sheet {
         }
         Ok(())
     }
+    fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        self.read_at(offset, buffer).is_ok()
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.note("write", offset, data.len());
         self.put(offset, data)
