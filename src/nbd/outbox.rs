@@ -28,7 +28,7 @@ const PARTS_PER_WRITE_MAX: usize = 128;
 const WRITES_BY_ONE_HOLDER_MAX: usize = 4;
 /// With more requests outstanding than this, replies are worth collecting: the writer task sends them, many in one
 /// system call, instead of the completing thread each on its own.
-const OUTSTANDING_FOR_DIRECT_WRITE_MAX: usize = 8;
+const OUTSTANDING_FOR_DIRECT_WRITE_MAX: usize = 2;
 
 /// A reply and the memory it stands for.
 #[derive(Debug)]
