@@ -8,13 +8,13 @@ use super::PeerId;
 use super::majority::elect;
 
 /// A block that is not what most members hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Difference {
     /// First byte of the block.
     pub(super) block: u64,
     pub(super) bad: PeerId,
-    /// One of the majority.
-    pub(super) good: PeerId,
+    /// The majority, as far as it answered: at least one.
+    pub(super) good: Vec<PeerId>,
 }
 
 /// What comes of a comparison.
@@ -75,8 +75,9 @@ pub(super) fn compare(offset: u64, answers: &[(PeerId, Bytes)], electorate: &Ele
         };
         data.extend_from_slice(right);
         let (good, others): (Vec<_>, Vec<_>) = copies.iter().partition(|(_, copy)| *copy == right);
-        let good = good.first().map_or(0, |(peer, _)| *peer);
-        compared.differences.extend(others.iter().map(|(bad, _)| Difference { block, bad: *bad, good }));
+        let good: Vec<PeerId> = good.iter().map(|(peer, _)| *peer).collect();
+        let difference = |(bad, _): &(PeerId, &[u8])| Difference { block, bad: *bad, good: good.clone() };
+        compared.differences.extend(others.iter().map(difference));
     }
     compared.data = (data.len() == first.len()).then(|| data.freeze());
     compared
@@ -110,8 +111,8 @@ mod tests {
     fn each_block_is_what_most_say() {
         let compared = compare_all(8192, &["xbcd", "abyd", "abcd"]);
         assert_eq!(compared.data.as_ref().map(text), Some("abcd".to_owned()));
-        let first = Difference { block: 8192, bad: 0, good: 1 };
-        assert_eq!(compared.differences, [first, Difference { block: 16_384, bad: 1, good: 0 }]);
+        let first = Difference { block: 8192, bad: 0, good: vec![1, 2] };
+        assert_eq!(compared.differences, [first, Difference { block: 16_384, bad: 1, good: vec![0, 2] }]);
         assert!(compared.ties.is_empty());
     }
 

@@ -331,7 +331,9 @@ impl<T> Volume<T> {
 
     fn scrub_answered(&mut self, now: Time, id: u64, peer: PeerId, found: Option<Vec<BlockFound>>) {
         let Some(scrub) = self.scrub.as_mut().filter(|s| s.chunks.waits_for(id, peer)) else { return };
-        if let Some(looked) = scrub.chunks.answered(now, id, peer, found) {
+        let repairs = &self.repairs;
+        let differs = |peer: PeerId, block: ByteRange, seen: Seq| repairs.differs_at(peer, block, seen);
+        if let Some(looked) = scrub.chunks.answered(now, id, peer, found, differs) {
             self.draw_scrub_consequences(&looked);
         }
     }

@@ -87,8 +87,9 @@ impl<T> Volume<T> {
         }
         for difference in differences {
             let blocks = ByteRange { offset: difference.block, length: BLOCK_BYTES };
-            let good = Some(difference.good);
-            self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, sound: Vec::new(), seen });
+            let good = difference.good.first().copied();
+            let sound = difference.good;
+            self.repair(Finding { blocks, bad: difference.bad, what: Damage::Differs, good, sound, seen });
         }
         for offset in ties {
             self.note_tie(offset, |peer| electorate.is_bad(peer, offset), seen);

@@ -152,6 +152,29 @@ fn what_only_a_member_has_that_differs_is_an_error_until_another_is_back() {
 }
 
 #[test]
+fn a_copy_that_was_outvoted_is_not_believed_by_a_scrub_that_finds_no_other() {
+    let mut w = differing(Setup::quiet(5014, AckPolicy::First));
+    let (wrong, right) = (on_disk(&w, 0), on_disk(&w, 2));
+    w.command(0, Command::StopScrub).unwrap();
+    w.rot(1, AT as u64 + 9);
+    w.kill_agent(2, false);
+    assert!(w.run_until(LONG, |w| w.view(0) == "a b" && told(w, &Notice::NoGoodCopy { offset: AT as u64 }) == 1));
+    let found = w.scrub_all(0);
+    assert_eq!((found.repaired_blocks, found.unrepaired_blocks), (0, 1));
+    w.run_for(ms(3000));
+    assert!(on_disk(&w, 1) != wrong, "b has it from a");
+    let read = w.read(0, 2 * BLOCK, BLOCK);
+    assert!(w.run_until(LONG, |w| w.answer(0, read) == Some(&Err(Failure::Io))), "{:?}", w.answer(0, read));
+    w.start_agent(2);
+    w.everyone_is_back(0);
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1) && w.found_and_repaired(0, 1) == (1, 1)));
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    (0..3).for_each(|agent| assert!(on_disk(&w, agent) == right));
+    w.agents[1].rotten.clear();
+    w.settle_and_compare();
+}
+
+#[test]
 fn what_differs_is_not_copied_to_a_replica_that_is_brought_back() {
     let mut w = differing(Setup { replicas: 4, ..Setup::quiet(5012, AckPolicy::First) });
     let (wrong, right) = (on_disk(&w, 0), on_disk(&w, 2));

@@ -122,11 +122,28 @@ fn live(world: &mut World) {
         .iter()
         .find(|n| matches!(n, Notice::BadBlock { what: Damage::Differs, .. } | Notice::NoMajority { .. }));
     assert_eq!(false_alarm, None, "all that was done to blocks is found by their checksums");
+    scrub_twice(world, engine, limit);
+}
+
+/// A scrub finds nothing but what was flipped, and repairs what has a good copy anywhere: the next one finds nothing else.
+fn scrub_twice(world: &mut World, engine: usize, limit: Duration) {
     let found = world.scrub_all(engine);
     assert!(
         found.differing_blocks == 0 && (found == ScrubFound::default() || rotten(world)),
         "a scrub finds {found:?}"
     );
+    let repaired = world.run_until(limit, |w| {
+        let lost = w.lost_blocks(engine);
+        w.view_of(engine).into_iter().all(|agent| w.bad_blocks(agent).iter().all(|block| lost.contains(block)))
+            && check::is_quiet(w, engine)
+    });
+    let bad: Vec<_> = world.view_of(engine).into_iter().map(|agent| (agent, world.bad_blocks(agent))).collect();
+    let lost = world.lost_blocks(engine);
+    assert!(repaired, "bad blocks are not repaired though a scrub looked at all: {bad:?}, lost everywhere {lost:?}");
+    let again = world.scrub_all(engine);
+    let expected = (lost.len() as u64, 0, 0);
+    let told = (again.unrepaired_blocks, again.differing_blocks, again.incomplete_bytes);
+    assert_eq!(told, expected, "a second scrub finds {again:?}, lost everywhere are {lost:?}");
 }
 
 fn rotten(world: &World) -> bool {

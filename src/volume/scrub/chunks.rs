@@ -258,6 +258,7 @@ impl Chunks {
         read: u64,
         peer: PeerId,
         found: Option<Vec<BlockFound>>,
+        differs: impl Fn(PeerId, ByteRange, Seq) -> bool,
     ) -> Option<Looked> {
         let asked = |c: &&mut Chunk| matches!(c.look, Look::Asked { read: asked, .. } if asked == read);
         let chunk = self.under_way.values_mut().find(asked)?;
@@ -283,7 +284,7 @@ impl Chunks {
             is_joined: *is_joined,
         };
         let offset = chunk.range.offset;
-        let looked = chunk.looked(now, &answers);
+        let looked = chunk.looked(now, &answers, differs);
         let is_done = !matches!(chunk.look, Look::Due { .. });
         if is_done && let Some(chunk) = self.under_way.remove(&offset) {
             let still: BTreeSet<(usize, PeerId)> =
@@ -298,8 +299,10 @@ impl Chunks {
 }
 
 impl Chunk {
-    fn looked(&mut self, now: Time, answers: &Answers) -> Looked {
-        let faults = compare(&answers.of, answers.in_force);
+    fn looked(&mut self, now: Time, answers: &Answers, differs: impl Fn(PeerId, ByteRange, Seq) -> bool) -> Looked {
+        let start = self.range.offset;
+        let block = |index| ByteRange { offset: start + index as u64 * BLOCK_BYTES, length: BLOCK_BYTES };
+        let faults = compare(&answers.of, answers.in_force, |peer, index| differs(peer, block(index), answers.seen));
         self.looks += 1;
         self.lost += u32::from(answers.is_lost);
         self.is_incomplete = !answers.is_whole();

@@ -22,13 +22,23 @@ pub(super) struct Fault {
 }
 
 /// Compares what members found at one place of the order; `in_force` members there are, whether they answered or not. All
-/// answers are of the same number of blocks.
-pub(super) fn compare(answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: usize) -> Vec<Fault> {
+/// answers are of the same number of blocks. A copy that `differs` was not what most held when more of them could be asked:
+/// it is believed if those are that can be believed, and never alone.
+pub(super) fn compare(
+    answers: &BTreeMap<PeerId, Vec<BlockFound>>,
+    in_force: usize,
+    differs: impl Fn(PeerId, usize) -> bool,
+) -> Vec<Fault> {
     let blocks = answers.values().map(Vec::len).max().unwrap_or(0);
-    (0..blocks).filter_map(|index| fault(index, answers, in_force)).collect()
+    (0..blocks).filter_map(|index| fault(index, answers, in_force, |peer| differs(peer, index))).collect()
 }
 
-fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: usize) -> Option<Fault> {
+fn fault(
+    index: usize,
+    answers: &BTreeMap<PeerId, Vec<BlockFound>>,
+    in_force: usize,
+    differs: impl Fn(PeerId) -> bool,
+) -> Option<Fault> {
     let mut bad = Vec::new();
     let mut sound: Vec<(PeerId, u32)> = Vec::new();
     for (peer, blocks) in answers {
@@ -39,9 +49,11 @@ fn fault(index: usize, answers: &BTreeMap<PeerId, Vec<BlockFound>>, in_force: us
             None => {}
         }
     }
-    let Some(elected) = elect(&sound, in_force, bad.len()) else {
+    let (differing, voting): (Vec<_>, Vec<_>) = sound.iter().copied().partition(|(peer, _)| differs(*peer));
+    let Some(elected) = elect(&voting, in_force, bad.len() + differing.len()) else {
         // No sound copy at all, or no majority among them.
-        let is_tie = !sound.is_empty();
+        let is_tie = !voting.is_empty();
+        bad.extend(differing.iter().map(|(peer, _)| (*peer, Damage::Differs)));
         return (is_tie || !bad.is_empty()).then_some(Fault { index, bad, good: Vec::new(), is_tie });
     };
     bad.extend(sound.iter().filter(|(_, checksum)| *checksum != elected).map(|(peer, _)| (*peer, Damage::Differs)));
@@ -67,7 +79,7 @@ mod tests {
     /// The same, when so many members are in force.
     fn among(in_force: usize, found: &[BlockFound]) -> Option<Fault> {
         let answers = found.iter().enumerate().map(|(peer, block)| (peer, vec![*block])).collect();
-        compare(&answers, in_force).pop()
+        compare(&answers, in_force, |_, _| false).pop()
     }
 
     fn fault(bad: &[(PeerId, Damage)], good: &[PeerId], is_tie: bool) -> Option<Fault> {
@@ -118,6 +130,21 @@ mod tests {
     fn a_copy_that_is_bad_by_itself_is_repaired_though_not_all_were_asked() {
         assert_eq!(among(4, &[BAD, sound(7)]), fault(&[(0, Damage::ChecksumMismatch)], &[1], false));
         assert_eq!(among(4, &[sound(7), sound(7)]), None);
+    }
+
+    #[test]
+    fn a_copy_that_was_outvoted_is_not_believed_because_the_others_are_gone() {
+        let of = |found: &[BlockFound]| {
+            let answers = found.iter().enumerate().map(|(peer, block)| (peer, vec![*block])).collect();
+            compare(&answers, found.len(), |peer, _| peer == 0).pop()
+        };
+        let outvoted = (0, Damage::Differs);
+        assert_eq!(of(&[sound(8)]), fault(&[outvoted], &[], false));
+        assert_eq!(of(&[sound(8), BAD]), fault(&[(1, Damage::ChecksumMismatch), outvoted], &[], false));
+        assert_eq!(of(&[sound(8), sound(7)]), fault(&[outvoted], &[1], false));
+        assert_eq!(of(&[sound(8), sound(7), sound(9)]), fault(&[outvoted], &[], true));
+        assert_eq!(of(&[sound(7), sound(7)]), None, "it is what the others hold by now");
+        assert_eq!(of(&[sound(7), BAD, sound(7)]), fault(&[(1, Damage::ChecksumMismatch)], &[0, 2], false));
     }
 
     #[test]

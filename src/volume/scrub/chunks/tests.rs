@@ -11,6 +11,10 @@ fn ms(count: u64) -> Time {
     Time::from_millis(count)
 }
 
+fn nobody_differs(_: PeerId, _: ByteRange, _: Seq) -> bool {
+    false
+}
+
 fn chunks(bytes: u64) -> Chunks {
     Chunks::new(bytes, 0, ScrubFound::default())
 }
@@ -32,7 +36,7 @@ fn look_of(chunks: &mut Chunks, now: Time, in_force: usize, found: &[Option<Bloc
     let mut looked = None;
     for (peer, found) in found.iter().enumerate() {
         assert!(looked.is_none() && chunks.waits_for(9, peer));
-        looked = chunks.answered(now, 9, peer, found.map(|found| vec![found]));
+        looked = chunks.answered(now, 9, peer, found.map(|found| vec![found]), nobody_differs);
     }
     looked.expect("all have answered")
 }
@@ -54,8 +58,8 @@ fn a_volume_is_looked_at_chunk_by_chunk_to_its_end() {
     for (read, bytes, position) in
         [(2, CHUNK_BYTES, 0), (1, CHUNK_BYTES, 2 * CHUNK_BYTES), (3, BLOCK_BYTES, 2 * CHUNK_BYTES + BLOCK_BYTES)]
     {
-        assert_eq!(chunks.answered(ms(0), read, 0, blocks(bytes)), None, "one has not answered");
-        assert_eq!(chunks.answered(ms(0), read, 1, blocks(bytes)).expect("both have").faults, []);
+        assert_eq!(chunks.answered(ms(0), read, 0, blocks(bytes), nobody_differs), None, "one has not answered");
+        assert_eq!(chunks.answered(ms(0), read, 1, blocks(bytes), nobody_differs).expect("both have").faults, []);
         assert_eq!(chunks.position(), position);
     }
     assert!(chunks.is_done());
@@ -136,13 +140,13 @@ fn what_was_done_before_a_member_joined_is_incomplete_and_what_is_under_way_is_l
     }
     for block in [0, 2] {
         ask(&mut chunks, block * BLOCK_BYTES, block, &[0], 1);
-        chunks.answered(ms(0), block, 0, Some(vec![SOUND]));
+        chunks.answered(ms(0), block, 0, Some(vec![SOUND]), nobody_differs);
     }
     ask(&mut chunks, BLOCK_BYTES, 1, &[0], 1);
     chunks.joined(2);
     chunks.joined(2);
     assert_eq!(chunks.found().incomplete_bytes, BLOCK_BYTES, "below what is under way");
-    assert!(chunks.answered(ms(0), 1, 0, Some(vec![SOUND])).is_some() && !chunks.is_done());
+    assert!(chunks.answered(ms(0), 1, 0, Some(vec![SOUND]), nobody_differs).is_some() && !chunks.is_done());
     look(&mut chunks, ms(500), &[Some(SOUND), Some(SOUND)]);
     assert_eq!((chunks.is_done(), chunks.found().incomplete_bytes), (true, 2 * BLOCK_BYTES));
     chunks.grow(4 * BLOCK_BYTES);
@@ -181,10 +185,10 @@ fn who_has_not_answered_for_so_long_is_named() {
     let mut chunks = chunks(BLOCK_BYTES);
     chunks.begin(BLOCK_0, ms(0));
     ask(&mut chunks, 0, 9, &[0, 1], 2);
-    chunks.answered(ms(10), 9, 0, Some(vec![SOUND]));
+    chunks.answered(ms(10), 9, 0, Some(vec![SOUND]), nobody_differs);
     assert_eq!(chunks.late(ms(99), ms(100)), []);
     assert_eq!(chunks.late(ms(100), ms(100)), [(9, 1)]);
-    chunks.answered(ms(100), 9, 1, None);
+    chunks.answered(ms(100), 9, 1, None, nobody_differs);
     assert!(chunks.late(ms(200), ms(100)).is_empty() && !chunks.waits_for(9, 1), "a late answer is none");
 }
 
@@ -199,7 +203,7 @@ fn what_was_found_above_a_chunk_that_is_under_way_does_not_count_for_its_positio
         found
             .into_iter()
             .enumerate()
-            .for_each(|(peer, found)| _ = chunks.answered(ms(0), block, peer, Some(vec![found])));
+            .for_each(|(peer, found)| _ = chunks.answered(ms(0), block, peer, Some(vec![found]), nobody_differs));
         assert_eq!((chunks.position(), chunks.found()), (0, ScrubFound::default()), "all is looked at from there on");
     }
     look(&mut chunks, ms(0), &[Some(SOUND); 2]);
@@ -212,7 +216,7 @@ fn an_answer_of_another_length_is_none() {
     let mut chunks = chunks(BLOCK_BYTES);
     chunks.begin(BLOCK_0, ms(0));
     ask(&mut chunks, 0, 9, &[0], 1);
-    chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]));
+    chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 2]), nobody_differs);
     assert!(!chunks.is_done(), "it is asked again");
 }
 
@@ -226,7 +230,7 @@ fn what_records_made_the_same_everywhere_since_members_were_asked_is_known() {
     chunks.overlap(ByteRange { offset: BLOCK_BYTES, length: BLOCK_BYTES });
     chunks.overlap(ByteRange { offset: 4 * BLOCK_BYTES - 1, length: 2 * BLOCK_BYTES });
     chunks.overlap(ByteRange { offset: 6 * BLOCK_BYTES, length: 9 * BLOCK_BYTES });
-    let looked = chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 4])).expect("all have answered");
+    let looked = chunks.answered(ms(0), 9, 0, Some(vec![SOUND; 4]), nobody_differs).expect("all have answered");
     assert!(looked.is_whole);
     assert_eq!(looked.rewritten.into_iter().collect::<Vec<_>>(), [0, 2, 3]);
 }
