@@ -1,10 +1,10 @@
 //! The threads that do a replica's work: one writes the journal, one applies to the image, one writes superblocks, and
-//! a few read. The state machine in [`crate::replica`] decides what they do; this file owns no rule of its own.
+//! a few read. Small reads of what memory has are done by whoever asks, if he may. The state machine in [`crate::replica`] decides what they do; this file owns no rule of its own.
 //!
 //! Sessions come from connections of engines, or from an engine in the same process. Messages to an engine go to the
 //! session's sink, called without any lock held, so that a sink may call back.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use protocol::message::{Condition, EngineId, ReadOutcome};
-use protocol::{Epoch, Record, ToAgent, ToEngine, View};
+use protocol::{BLOCK_BYTES, Epoch, Record, ToAgent, ToEngine, View};
 use tracing::{error, info};
 
 use crate::carry_out;
@@ -30,10 +30,10 @@ use crate::superblock::Identity;
 pub type Sink = Arc<dyn Fn(ToEngine) + Send + Sync>;
 
 const READER_THREADS: usize = 2;
-/// A read of so many bytes is done by whoever asks for it if memory has them: a thread that is called for it costs more.
-const CACHED_READ_BYTES_MAX: u64 = 64 << 10;
-/// Of reads that come together no more than this, bytes: the others wait, and other threads may be free.
-const CACHED_READS_BYTES_MAX: u64 = 256 << 10;
+/// A read of so many bytes is done at once if memory has them: to call a thread for it costs more.
+const READ_AT_ONCE_BYTES_MAX: u64 = 64 << 10;
+/// Of reads that come together no more than this, bytes read for them: other threads may be free for the others.
+const READS_AT_ONCE_BYTES_MAX: u64 = 256 << 10;
 /// How often the threads look at the clock when nothing happens.
 const IDLE_LOOK: Duration = Duration::from_millis(250);
 /// How often at most.
@@ -46,8 +46,6 @@ struct State {
     replica: Replica,
     sinks: BTreeMap<SessionId, Sink>,
     next_session: SessionId,
-    /// Reads at work for which a device must be waited for: for the threads that read.
-    uncached_reads: VecDeque<ReadJob>,
     /// Since when there is something to apply.
     apply_since: Option<Time>,
     stopping: bool,
@@ -109,6 +107,15 @@ pub struct Session {
     id: SessionId,
 }
 
+/// Who does small reads of what memory has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SmallReads {
+    /// Whoever hands over the message that asks for them.
+    AtOnce,
+    /// Threads of the replica: the caller has other things to do, for others.
+    ByThreads,
+}
+
 /// Who else may know this replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
@@ -129,14 +136,7 @@ impl ReplicaHost {
         let old_engines_gone = reach == Reach::ThisProcess;
         let (superblock, ring, dirty) = (opened.superblock, opened.ring, opened.dirty);
         let replica = Replica::new(superblock, ring, opened.durable, dirty, Time::ZERO, old_engines_gone);
-        let state = State {
-            replica,
-            sinks: BTreeMap::new(),
-            next_session: 1,
-            uncached_reads: VecDeque::new(),
-            apply_since: None,
-            stopping: false,
-        };
+        let state = State { replica, sinks: BTreeMap::new(), next_session: 1, apply_since: None, stopping: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             journal_work: Work::default(),
@@ -241,17 +241,20 @@ impl Drop for ReplicaHost {
 }
 
 impl Session {
-    /// Hands messages to the replica, in order.
-    pub fn send(&self, messages: impl IntoIterator<Item = ToAgent>) {
+    /// Hands messages to the replica, in order. Small reads that memory can answer may be done before this returns.
+    pub fn send(&self, messages: impl IntoIterator<Item = ToAgent>, small_reads: SmallReads) {
         let now = self.shared.now();
         let mut state = self.shared.lock();
         for message in messages {
             state.replica.handle(now, self.id, message);
         }
-        let reads = state.next_small_reads();
+        let reads = match small_reads {
+            SmallReads::AtOnce => state.next_reads_at_once(),
+            SmallReads::ByThreads => Vec::new(),
+        };
         self.shared.after_change(state);
         if !reads.is_empty() {
-            self.shared.read_cached(reads);
+            self.shared.read_at_once(reads);
         }
     }
 }
@@ -277,20 +280,14 @@ impl State {
         }
     }
 
-    fn next_small_reads(&mut self) -> Vec<ReadJob> {
-        let mut left = CACHED_READS_BYTES_MAX;
+    fn next_reads_at_once(&mut self) -> Vec<ReadJob> {
+        let mut left = READS_AT_ONCE_BYTES_MAX;
         let mut reads = Vec::new();
-        while let Some(job) = self.replica.next_small_read(left.min(CACHED_READ_BYTES_MAX)) {
-            left -= job.range.length;
+        while let Some(job) = self.replica.next_read_at_once(left.min(READ_AT_ONCE_BYTES_MAX)) {
+            left = left.saturating_sub(job.range.aligned(BLOCK_BYTES).length);
             reads.push(job);
         }
         reads
-    }
-
-    /// Whether there is something for the threads that read.
-    fn has_read(&self) -> bool {
-        let r = &self.replica;
-        !self.uncached_reads.is_empty() || r.has_read() || r.has_fetch() || r.has_extend()
     }
 
     fn apply_due_at(&self) -> Option<Time> {
@@ -334,7 +331,7 @@ impl Shared {
         let journals = replica.has_group() && self.journal_work.has_waiting();
         let writes_metadata = (replica.has_metadata(now) && self.metadata_work.has_waiting())
             || replica.metadata_due_at().is_some_and(|due| self.metadata_work.sleeps_past(due));
-        let reads = state.has_read() && self.read_work.has_waiting();
+        let reads = (replica.has_read() || replica.has_fetch() || replica.has_extend()) && self.read_work.has_waiting();
         if replica.is_closed() || replica.condition() == Condition::Poisoned {
             self.closed.notify_all();
         }
@@ -388,13 +385,13 @@ impl Shared {
     }
 
     /// Answers those of the reads that memory has everything for, and leaves the others to the threads that read.
-    fn read_cached(&self, reads: Vec<ReadJob>) {
+    fn read_at_once(&self, reads: Vec<ReadJob>) {
         let outcomes = reads.iter().map(|job| self.image.read_cached(job.range)).collect::<Vec<_>>();
         let mut state = self.lock();
         for (job, outcome) in reads.into_iter().zip(outcomes) {
             match outcome {
                 Some(outcome) => state.replica.read_done(job, outcome),
-                None => state.uncached_reads.push_back(job),
+                None => state.replica.not_cached(job),
             }
         }
         self.after_change(state);
@@ -474,9 +471,8 @@ enum ReadWork {
 
 fn serve_reads(shared: &Shared) {
     let take = |state: &mut State, _: Time| {
-        let uncached = state.uncached_reads.pop_front();
         let r = &mut state.replica;
-        let read = uncached.or_else(|| r.next_read()).map(ReadWork::Image);
+        let read = r.next_read().map(ReadWork::Image);
         let fetch = read.or_else(|| r.next_fetch().map(ReadWork::Journal));
         fetch.or_else(|| r.next_extend().map(ReadWork::Room))
     };

@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use listener_agent::directory::{self, CHECKSUMS, DIRTY, IMAGE, JOURNAL, NewReplica, SUPERBLOCK};
-use listener_agent::host::{Reach, ReplicaHost};
+use listener_agent::host::{Reach, ReplicaHost, SmallReads};
 use listener_agent::image::checksum_file_bytes;
 use listener_agent::inspect::{self, InspectReport, TrackedReport};
 use listener_agent::superblock::{self, FORMAT_VERSION, Identity};
@@ -154,11 +154,11 @@ fn make(dir: &Path, closed_in_good_order: bool) {
     let wait_for = |wanted: &dyn Fn(&ToEngine) -> bool| {
         while !wanted(&heard.recv_timeout(PATIENCE).expect("an answer")) {}
     };
-    session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }]);
+    session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }], SmallReads::AtOnce);
     wait_for(&|message| matches!(message, ToEngine::Promised(_)));
     let records = records();
     let last = Seq(records.len() as u64);
-    session.send(records.into_iter().map(ToAgent::Append));
+    session.send(records.into_iter().map(ToAgent::Append), SmallReads::AtOnce);
     wait_for(&|message| *message == ToEngine::Durable { seq: last });
     if closed_in_good_order {
         assert!(host.close(Instant::now() + PATIENCE), "closed in time");

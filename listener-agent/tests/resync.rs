@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use listener_agent::directory::{self, IMAGE, NewReplica};
-use listener_agent::host::{Reach, ReplicaHost, Session};
+use listener_agent::host::{Reach, ReplicaHost, Session, SmallReads};
 use listener_agent::inspect;
 use listener_agent::superblock::Identity;
 use protocol::checksum::crc32;
@@ -33,7 +33,7 @@ impl Engine {
         let engine = [7; 16];
         // The last words of a session may come when nobody listens any more.
         let session = host.open_session(engine, Arc::new(move |message| _ = said.send(message)));
-        session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }]);
+        session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }], SmallReads::AtOnce);
         Engine { session, heard }
     }
 
@@ -52,7 +52,7 @@ impl Engine {
 
     fn append(&self, seq: u64, kind: RecordKind, range: ByteRange, payload: Bytes) {
         let record = Record::new(Position { epoch: Epoch(1), seq: Seq(seq) }, kind, range, payload);
-        self.session.send([ToAgent::Append(record)]);
+        self.session.send([ToAgent::Append(record)], SmallReads::AtOnce);
     }
 }
 
@@ -89,7 +89,7 @@ fn a_new_replica_follows_is_copied_to_grows_and_is_in_sync() {
     let host = make(dir.path());
     let engine = Engine::of(&host);
     engine.wait_for(&|m| matches!(m, ToEngine::Promised(p) if p.syncing));
-    engine.session.send([ToAgent::Begin(begin())]);
+    engine.session.send([ToAgent::Begin(begin())], SmallReads::AtOnce);
     engine.wait_for(&|m| *m == ToEngine::Begun);
 
     let range = |offset, length| ByteRange { offset, length };
@@ -98,15 +98,15 @@ fn a_new_replica_follows_is_copied_to_grows_and_is_in_sync() {
         ToAgent::Copy(Copy { id, range: range(at, 65_536), crc: crc32(&data), data })
     };
     engine.append(41, RecordKind::Write, range(0, 512), Bytes::from(vec![1; 512]));
-    engine.session.send([copy(1, 0, 2), copy(2, 65_536, 3)]);
+    engine.session.send([copy(1, 0, 2), copy(2, 65_536, 3)], SmallReads::AtOnce);
     engine.append(42, RecordKind::Write, range(65_536, 512), Bytes::from(vec![4; 512]));
     engine.wait_for(&|m| *m == ToEngine::Copied { id: 2 });
-    engine.session.send([ToAgent::Extend { size_bytes: GROWN_BYTES }]);
+    engine.session.send([ToAgent::Extend { size_bytes: GROWN_BYTES }], SmallReads::AtOnce);
     engine.wait_for(&|m| matches!(m, ToEngine::Extended { refused, .. } if refused.is_empty()));
     let nowhere = range(0, 0);
     engine.append(43, RecordKind::Resize, nowhere, Resize { size_bytes: GROWN_BYTES }.encode());
     engine.append(44, RecordKind::Write, range(GROWN_BYTES - 512, 512), Bytes::from(vec![5; 512]));
-    engine.session.send([ToAgent::Synced]);
+    engine.session.send([ToAgent::Synced], SmallReads::AtOnce);
     // Being in sync says nothing of records that came after the last copy: each of those is answered for itself.
     engine.wait_for_all(&[&|m| *m == ToEngine::InSync, &|m| *m == ToEngine::Durable { seq: Seq(44) }]);
     assert!(host.close(Instant::now() + PATIENCE), "closed in time");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use listener_agent::directory::DirectoryError;
-use listener_agent::host::{Reach, ReplicaHost, Session};
+use listener_agent::host::{Reach, ReplicaHost, Session, SmallReads};
 use protocol::ToAgent;
 use protocol::message::Hello;
 use tokio::runtime::Handle;
@@ -160,11 +160,15 @@ impl Shared {
             }
             pump.running = true;
         }
+        // A thread of a replica has records to write and others to call; and who goes on for others does not read for them.
+        let is_client = Handle::try_current().is_ok();
+        let mut small_reads = if is_client { SmallReads::AtOnce } else { SmallReads::ByThreads };
         loop {
             locked(&self.pump).again = false;
             match seat.take_outbox(BATCH_BYTES) {
                 Some(Outgoing::Messages(messages)) => {
-                    self.hand_over(messages);
+                    self.hand_over(messages, small_reads);
+                    small_reads = SmallReads::ByThreads;
                     continue;
                 }
                 Some(Outgoing::Later(wait)) => self.pump_after(wait),
@@ -189,7 +193,7 @@ impl Shared {
         }
     }
 
-    fn hand_over(self: &Arc<Self>, messages: Vec<ToAgent>) {
+    fn hand_over(self: &Arc<Self>, messages: Vec<ToAgent>, small_reads: SmallReads) {
         let mut messages = messages.into_iter().peekable();
         if let Some(ToAgent::Hello(hello)) = messages.peek() {
             let hello = hello.clone();
@@ -198,7 +202,7 @@ impl Shared {
         }
         let session = locked(&self.session).clone();
         if let Some(session) = session {
-            session.send(messages);
+            session.send(messages, small_reads);
         }
     }
 

@@ -24,6 +24,8 @@ use crate::world::{Happening, Time, World, ms};
 /// How often an agent looks at the clock.
 const LOOK: Duration = ms(50);
 const READERS: usize = 2;
+/// A read of so many bytes is tried at once.
+const READ_AT_ONCE_BYTES_MAX: u64 = 64 << 10;
 
 pub struct Agent {
     pub disk: Disk,
@@ -115,14 +117,17 @@ impl Process {
     fn check_no_conflict(&self) {
         for read in self.jobs.values() {
             let Job::Read(read) = read else { continue };
-            if !read.looks() {
-                continue;
+            if read.looks() {
+                self.check_no_change(read);
             }
-            for job in self.jobs.values() {
-                let Job::Apply(apply) = job else { continue };
-                let clash = apply.changes.ranges().into_iter().find(|r| r.shares_block(read.range));
-                assert!(clash.is_none(), "read {read:?} and a change of {clash:?} are at work on one block");
-            }
+        }
+    }
+
+    fn check_no_change(&self, read: &ReadJob) {
+        for job in self.jobs.values() {
+            let Job::Apply(apply) = job else { continue };
+            let clash = apply.changes.ranges().into_iter().find(|r| r.shares_block(read.range));
+            assert!(clash.is_none(), "read {read:?} and a change of {clash:?} are at work on one block");
         }
     }
 }
@@ -244,7 +249,26 @@ impl World {
             ToAgent::Hello(hello) => process.replica.open_session(id, hello.engine, now),
             other => process.replica.handle(now, id, other),
         }
+        self.read_at_once(agent);
         self.pump_agent(agent);
+    }
+
+    /// Small reads that memory has everything for are done by whoever brings them; the moment at which a disk has to be
+    /// waited for is drawn.
+    fn read_at_once(&mut self, index: usize) {
+        let agent = &mut self.agents[index];
+        let Some(process) = &mut agent.process else { return };
+        while let Some(job) = process.replica.next_read_at_once(READ_AT_ONCE_BYTES_MAX) {
+            process.check_no_change(&job);
+            let may_be_cached = agent.reads_hang_until <= self.now && self.rng.percent(50);
+            match may_be_cached.then(|| process.image.read_cached(job.range)).flatten() {
+                Some(outcome) => {
+                    agent.reads_done += 1;
+                    process.replica.read_done(job, outcome);
+                }
+                None => process.replica.not_cached(job),
+            }
+        }
     }
 
     pub fn agent_session_lost(&mut self, agent: usize, life: u64, id: ConnId) {

@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use protocol::ranges::ByteRange;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, fdatasync, seek};
@@ -30,6 +31,8 @@ pub struct SystemFile {
     buffered: File,
     /// Durable writes, past the page cache.
     direct: Option<File>,
+    /// The filesystem does not tell what memory has.
+    cannot_tell_cached: AtomicBool,
     /// Held while the length is compared and changed: of two who make the file longer neither may cut off the other.
     growing: Mutex<()>,
     write_out: WriteOut,
@@ -56,7 +59,13 @@ impl SystemFile {
             Caching::Buffered => None,
             Caching::Direct => open_direct(path)?,
         };
-        Ok(SystemFile { buffered, direct, growing: Mutex::default(), write_out: WriteOut::default() })
+        Ok(SystemFile {
+            buffered,
+            direct,
+            cannot_tell_cached: AtomicBool::new(false),
+            growing: Mutex::default(),
+            write_out: WriteOut::default(),
+        })
     }
 
     /// Opens an existing file for reading only.
@@ -64,6 +73,7 @@ impl SystemFile {
         Ok(SystemFile {
             buffered: File::open(path)?,
             direct: None,
+            cannot_tell_cached: AtomicBool::new(false),
             growing: Mutex::default(),
             write_out: WriteOut::default(),
         })
@@ -111,8 +121,14 @@ impl RawFile for SystemFile {
     }
 
     fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool {
+        if self.cannot_tell_cached.load(Ordering::Relaxed) {
+            return false;
+        }
         let length = buffer.len();
         let read = preadv2(&self.buffered, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT);
+        if matches!(read, Err(Errno::OPNOTSUPP | Errno::NOSYS)) {
+            self.cannot_tell_cached.store(true, Ordering::Relaxed);
+        }
         read == Ok(length)
     }
 

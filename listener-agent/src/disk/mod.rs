@@ -19,8 +19,8 @@ use protocol::ranges::ByteRange;
 pub trait RawFile: Send + Sync {
     /// Fills `buffer` from `offset`; an error if the file ends before.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-    /// Fills `buffer` from `offset` if no device has to be waited for. If it returns false `buffer` may hold anything, and
-    /// [`RawFile::read_at`] tells more.
+    /// Fills `buffer` from `offset` if memory has it. If it returns false `buffer` may hold anything, and [`RawFile::read_at`]
+    /// tells more. It waits for no device, but may have it begin to read, which can wait if its queue is full.
     fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool;
     /// Writes to where the system keeps dirty pages. A file that ends before becomes longer.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;

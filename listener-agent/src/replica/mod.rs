@@ -594,11 +594,15 @@ impl Replica {
         self.reads.has_ready()
     }
 
-    /// As [`Replica::next_read`], if that is one for at most `bytes_max` bytes of data.
-    pub fn next_small_read(&mut self, bytes_max: u64) -> Option<ReadJob> {
-        let is_small = |job: &&ReadJob| job.what == ReadKind::Data && job.range.length <= bytes_max;
-        self.reads.next_ready().filter(is_small)?;
-        self.reads.start()
+    /// The next read, if it is one for at most `bytes_max` bytes of data, to be done as far as memory has what it wants;
+    /// [`Replica::read_done`] must follow, or [`Replica::not_cached`]. None while a device is waited for.
+    pub fn next_read_at_once(&mut self, bytes_max: u64) -> Option<ReadJob> {
+        self.reads.start_at_once(bytes_max)
+    }
+
+    /// Memory has not all that a read wants: [`Replica::next_read`] will give it.
+    pub fn not_cached(&mut self, job: ReadJob) {
+        self.reads.not_cached(job, self.current == Some(job.session));
     }
 
     /// The next read; [`Replica::read_done`] must follow. Several may be at work at once.

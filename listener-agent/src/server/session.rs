@@ -16,6 +16,7 @@ use super::door::Door;
 use super::outbox::Outbox;
 use super::replicas::{Replicas, refused};
 use crate::connection::{ConnectionError, FrameReader, write_frames};
+use crate::host::SmallReads;
 
 /// Within this time the first message must be there, and the TLS handshake before it.
 pub(super) const FIRST_MESSAGE_MAX: Duration = Duration::from_secs(10);
@@ -109,12 +110,12 @@ impl Session {
             }
         };
         let Some(session) = session else { return write_outbox(&outbox, &mut writer).await };
-        session.send(first);
+        session.send(first, SmallReads::AtOnce);
         tokio::select! {
             ended = write_outbox(&outbox, &mut writer) => ended,
             ended = async {
                 loop {
-                    session.send(reader.read(Prefix::to_agent).await?);
+                    session.send(reader.read(Prefix::to_agent).await?, SmallReads::AtOnce);
                 }
             } => ended,
         }
