@@ -3,6 +3,7 @@
 Starts processes and asks the kernel about them; never loads a server and never judges a figure."""
 
 import atexit
+import contextlib
 import dataclasses
 import filecmp
 import json
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 
@@ -21,6 +23,7 @@ from say import say
 SIZE_MIB = 256
 DELAY_MS = 300
 DEMO, AGENTS, SLOW = "nbdcast demo", "nbdcast, 3 agents", "nbdcast, one slow disk"
+SCRUBBED = "nbdcast, a scrub under way"
 QUORUM, SLOW_QUORUM, SINGLE, NBDKIT = "QEMU quorum", "QEMU quorum, one slow disk", "qemu-nbd alone", "nbdkit file"
 TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
 
@@ -73,6 +76,11 @@ class Server:
             ["strace", "-f", "--seccomp-bpf", "-qq", "-s", 0, "-o", self.slow_log, "-e", f"trace={calls}",
              "-e", f"inject={calls}:delay_enter={DELAY_MS * 1000}",
              "setpriv", "--pdeathsig", "KILL", "--", *arguments], log, ready)
+
+    @contextlib.contextmanager
+    def meanwhile(self):
+        """What goes on during a load, besides it."""
+        yield
 
     def delays(self):
         """How many calls of its slow disk were delayed so far."""
@@ -270,6 +278,50 @@ def qemu_nbd(where, image, aio="io_uring"):
             *where, "-x", "", image]
 
 
+class Scrubs:
+    """One scrub of a volume after another, each of which has to find everything in order."""
+
+    def __init__(self, server, programs):
+        self.command = [programs / "nbdcast", "scrub", "bench", "--admin", f"http://{server.admin}"]
+        self.ending = threading.Event()
+        self.finished, self.wrong = 0, []
+
+    def call(self, how):
+        return subprocess.run([*self.command, how], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+    def go_on(self):
+        while not self.ending.is_set() and not self.wrong:
+            ended = self.call("--wait")
+            if self.ending.is_set():
+                return
+            if ended.returncode != 0 or "all in order" not in ended.stdout:
+                self.wrong.append(ended.stdout + ended.stderr)
+            self.finished += 1
+
+    @contextlib.contextmanager
+    def under_way(self):
+        self.ending.clear()
+        thread = threading.Thread(target=self.go_on)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.ending.set()
+            while thread.is_alive():  # one that begins just now is not there to be stopped yet
+                self.call("--stop")
+                thread.join(0.1)
+        if self.wrong:
+            raise SystemExit(f"bench: a scrub under load was not all in order:\n{self.wrong[0]}")
+
+
+def start_scrubbed_agents(ack):
+    """Scrubs go on as long as it is loaded."""
+    def start(server, place, programs):
+        start_agents(ack)(server, place, programs)
+        server.meanwhile = Scrubs(server, programs).under_way
+    return start
+
+
 def start_quorum(slow):
     """Three qemu-nbd under QEMU's quorum driver in a fourth process."""
     def start(server, place, _programs):
@@ -309,14 +361,15 @@ def start_nbdkit(server, place, _programs):
     server.uri = f"nbd://127.0.0.1:{port}/"
 
 
-def all_servers(ack, qd1, reads):
-    """Each server with what starts it. `qd1` and `reads` are the works that some servers are limited to."""
+def all_servers(ack, qd1, qd32, reads):
+    """Each server with what starts it. `qd1`, `qd32` and `reads` are the works that some servers are limited to."""
     durable = {"first": 1, "majority": 2, "all": 3}[ack]
     found = [
         (Server(AGENTS, Promise(3, durable)), start_agents(ack)),
         (Server(QUORUM, Promise(3, 3)), start_quorum(slow=False)),
         (Server(SINGLE, Promise(1, 1)), start_single),
         (Server(NBDKIT, Promise(1, 0), works=reads), start_nbdkit),
+        (Server(SCRUBBED, Promise(3, durable), works=[qd32]), start_scrubbed_agents(ack)),
         (Server(SLOW, Promise(3, durable), works=[qd1]), start_slow_agents(ack)),
         (Server(SLOW_QUORUM, Promise(3, 3), works=[qd1]), start_quorum(slow=True)),
     ]
