@@ -54,6 +54,11 @@ impl FreshRead {
         self.asked.as_ref().is_some_and(|asked| asked.read == read)
     }
 
+    /// The read that a member was asked, if it has taken longer than that.
+    pub(super) fn late(&self, now: Time, patience: Time) -> Option<u64> {
+        self.asked.as_ref().filter(|asked| now.saturating_sub(asked.asked_at) > patience).map(|asked| asked.read)
+    }
+
     /// A record was given out that changes `range`.
     pub(super) fn overlap(&mut self, range: ByteRange) {
         if let Some(asked) = &mut self.asked

@@ -22,6 +22,9 @@ use super::{Notice, PeerId, Phase, Time, Volume};
 pub(super) use known::Repairs;
 use known::{HOPELESS_MAX, Healed, Step};
 
+/// A member that has not answered for so long is not waited for, if another may have a good copy.
+const SOURCE_PATIENCE: Time = Time::from_secs(5);
+
 /// What is wrong with a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Damage {
@@ -140,6 +143,7 @@ impl<T> Volume<T> {
             let replica = peer.name.clone();
             self.notice(Notice::Repaired { replica, offset: block, what });
         }
+        self.give_up_late_sources(now);
         if self.repairs_wait_for().is_none() {
             for block in self.repairs.unasked() {
                 self.ask_for_good_copy(now, block);
@@ -181,11 +185,30 @@ impl<T> Volume<T> {
             let is_ready = peer.is_ready_member() && membership.in_force.contains(&peer.name);
             is_ready && peer.reads.len() < READS_OUTSTANDING_MAX && repair.may_read_at(*id)
         };
-        let cost = |id: &PeerId| (last.ahead_of(self.peers[*id].durable) / 64, self.peers[*id].reads.len());
+        let cost = |id: &PeerId| {
+            let peer = &self.peers[*id];
+            (repair.late.contains(id), last.ahead_of(peer.durable) / 64, peer.reads.len())
+        };
         let Some(source) = (0..self.peers.len()).filter(can).min_by_key(cost) else { return };
         let id = self.reads.id();
         repair.read.ask(id, now);
         self.peers[source].ask(last, last, id, ReadKind::Data, block_at(block));
+    }
+
+    /// A member whose disk hangs must not keep others from being asked for a good copy.
+    fn give_up_late_sources(&mut self, now: Time) {
+        for (block, id) in self.repairs.late(now, SOURCE_PATIENCE) {
+            let Some(source) = self.peers.iter().position(|peer| peer.reads.contains_key(&id)) else { continue };
+            let Some(repair) = self.repairs.blocks.get_mut(&block) else { continue };
+            let is_other = |(peer, p): (PeerId, &Peer)| {
+                peer != source && p.is_ready_member() && repair.may_read_at(peer) && !repair.late.contains(&peer)
+            };
+            if self.peers.iter().enumerate().any(is_other) {
+                repair.late.push(source);
+                repair.read.lose();
+                self.peers[source].cancel(id);
+            }
+        }
     }
 
     /// A member answered a read; whether it was one of a repair.

@@ -1,6 +1,6 @@
 //! Stories of bad blocks: they are answered from other members, and made good again by a record.
 
-use nbdcast::volume::{Command, CommandRefusal, Damage, DropReason, Failure, Notice, PeerState};
+use nbdcast::volume::{Command, CommandRefusal, Damage, DropReason, Failure, Notice, PeerState, ScrubMark};
 use protocol::AckPolicy;
 
 use crate::check;
@@ -59,6 +59,23 @@ fn a_bad_block_is_answered_from_another_member_and_repaired_in_place() {
         assert!(w.has_said(&Notice::Repaired { replica, offset: 4096, what }));
         w.all_is_good();
     }
+}
+
+#[test]
+fn a_member_whose_disk_hangs_does_not_keep_a_block_from_being_repaired() {
+    let mut w = serving(Setup::quiet(3002, AckPolicy::First));
+    let token = w.write(0, 0, BLOCK, false);
+    w.done(0, token);
+    w.is_quiet();
+    w.rot(0, 100);
+    w.scrub(0, ScrubMark::default()).unwrap();
+    let found = Notice::BadBlock { replica: replica_name(0), offset: 0, what: Damage::ChecksumMismatch };
+    assert!(w.run_until(LONG, |w| w.has_said(&found)));
+    // The one that is asked for a good copy.
+    w.agents[1].reads_hang_until = w.now + ms(3_600_000);
+    w.command(0, Command::StopScrub).unwrap();
+    w.is_repaired(0, 1);
+    assert_eq!(w.read_now(0, 0, BLOCK), payload(token, 0, BLOCK));
 }
 
 #[test]

@@ -29,6 +29,8 @@ pub(super) struct Repair {
     good: Option<Vec<PeerId>>,
     /// Members that could not read it for another reason.
     pub(super) failed: Vec<PeerId>,
+    /// Members that took too long to answer: they are asked when nobody else can be.
+    pub(super) late: Vec<PeerId>,
     pub(super) read: FreshRead,
     pub(super) step: Step,
 }
@@ -141,7 +143,10 @@ impl Repairs {
         }
         let read = FreshRead::new(block_at(block));
         let bad = vec![(bad, what)];
-        self.blocks.insert(block, Repair { bad, good: finding.copied_from(), failed: vec![], read, step: Step::Seek });
+        self.blocks.insert(
+            block,
+            Repair { bad, good: finding.copied_from(), failed: vec![], late: vec![], read, step: Step::Seek },
+        );
         true
     }
 
@@ -213,6 +218,11 @@ impl Repairs {
         let room = READING_MAX.saturating_sub(self.reading());
         let unasked = self.blocks.iter().filter(|(_, r)| r.step == Step::Seek && !r.read.is_asked());
         unasked.map(|(block, _)| *block).take(room).collect()
+    }
+
+    /// Blocks of which a good copy was asked for longer ago than that, by which reads.
+    pub(super) fn late(&self, now: Time, patience: Time) -> Vec<(u64, u64)> {
+        self.blocks.iter().filter_map(|(block, repair)| Some((*block, repair.read.late(now, patience)?))).collect()
     }
 
     pub(super) fn read_lost(&mut self, id: u64) {
