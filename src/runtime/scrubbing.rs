@@ -359,7 +359,12 @@ impl VolumeTask {
         }
         // What an engine before was at goes on.
         let kept = self.scrubbing.look(&snapshot, now_ms());
-        self.command(kept.unwrap_or(Command::Scrub { from: ScrubMark::default() }))?;
+        let is_kept = kept.is_some();
+        let begun = self.command(kept.unwrap_or(Command::Scrub { from: ScrubMark::default() }));
+        if is_kept && begun == Err(CommandRefusal::NotServing) {
+            self.scrubbing.not_begun();
+        }
+        begun?;
         Ok(format!("volume {} is being scrubbed", self.name()))
     }
 

@@ -90,8 +90,12 @@ impl ScrubCounts {
 impl ScrubStatus {
     /// How far the one under way is.
     pub fn progress(&self) -> String {
-        let percent = (u128::from(self.done_bytes) * 100).checked_div(u128::from(self.total_bytes)).unwrap_or(100);
-        let mut text = format!("{percent} % of {}", human(self.total_bytes));
+        let percent = (u128::from(self.done_bytes) * 100).checked_div(u128::from(self.total_bytes));
+        // Of a volume that does not serve yet the size is not known.
+        let mut text = percent.map_or_else(
+            || format!("{} looked at", human(self.done_bytes)),
+            |percent| format!("{percent} % of {}", human(self.total_bytes)),
+        );
         if let Some(waits_for) = &self.waits_for {
             text.push_str(&format!(", waits: {waits_for}"));
         } else {
