@@ -5,10 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::cluster::Cluster;
 use crate::seed::Rng;
 use crate::tools;
+
+/// Longer than any run that is measured.
+const LONGEST: Duration = Duration::from_secs(600);
 
 /// What fio saw of one run.
 pub struct Figures {
@@ -19,7 +23,7 @@ pub struct Figures {
 /// Random writes of 4 KiB, measured; `limits` are further arguments that say when it ends, and how fast it may be.
 pub fn randwrite(cluster: &Cluster, depth: u32, limits: &[&str]) -> Figures {
     let place = cluster.directory().to_path_buf();
-    let shown = tools::run("fio", |command| {
+    let shown = tools::run_within(LONGEST, "fio", |command| {
         command
             .current_dir(&place)
             .args(["--name=w", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--output-format=json"])

@@ -52,7 +52,8 @@ fn scrubs_under_random_writes_give_no_false_alarm_and_delay_clients_little() {
         if seed::long() { (300, 32, "--rate_iops=0") } else { (8, 8, "--rate_iops=1500") };
     let run_time = format!("--runtime={seconds}");
     let limits = ["--time_based", &run_time, rate];
-    let quiet = fio::randwrite(&cluster, depth, &limits);
+    let quiet_time = format!("--runtime={}", seconds.min(100));
+    let quiet = fio::randwrite(&cluster, depth, &["--time_based", &quiet_time, rate]);
     let (mut scrubs, begun) = (0, Instant::now());
     let busy = std::thread::scope(|scope| {
         let writing = scope.spawn(|| fio::randwrite(&cluster, depth, &limits));

@@ -37,16 +37,28 @@ pub fn command(tool: &str) -> Command {
     command
 }
 
+/// What a tool may take that is not told how long to go on.
+const LIMIT: Duration = Duration::from_secs(120);
+
 /// Runs `tool` to its end within two minutes, without judging how it ended.
 pub fn attempt(tool: &str, arguments: impl FnOnce(&mut Command)) -> Finished {
+    attempt_within(LIMIT, tool, arguments)
+}
+
+fn attempt_within(limit: Duration, tool: &str, arguments: impl FnOnce(&mut Command)) -> Finished {
     let mut command = command(tool);
     arguments(&mut command);
-    program::finish(&mut command, Duration::from_secs(120))
+    program::finish(&mut command, limit)
 }
 
 /// Runs `tool` and panics with everything it printed unless it succeeded. Returns what it printed.
 pub fn run(tool: &str, arguments: impl FnOnce(&mut Command)) -> String {
-    let finished = attempt(tool, arguments);
+    run_within(LIMIT, tool, arguments)
+}
+
+/// The same, for a tool that goes on for as long as it is told.
+pub fn run_within(limit: Duration, tool: &str, arguments: impl FnOnce(&mut Command)) -> String {
+    let finished = attempt_within(limit, tool, arguments);
     assert!(finished.status.success(), "{tool} failed: {finished}");
     finished.stdout
 }
