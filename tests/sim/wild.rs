@@ -132,14 +132,8 @@ fn scrub_twice(world: &mut World, engine: usize, limit: Duration) {
         found.differing_blocks == 0 && (found == ScrubFound::default() || rotten(world)),
         "a scrub finds {found:?}"
     );
-    let repaired = world.run_until(limit, |w| {
-        let lost = w.lost_blocks(engine);
-        w.view_of(engine).into_iter().all(|agent| w.bad_blocks(agent).iter().all(|block| lost.contains(block)))
-            && check::is_quiet(w, engine)
-    });
-    let bad: Vec<_> = world.view_of(engine).into_iter().map(|agent| (agent, world.bad_blocks(agent))).collect();
+    all_is_repaired(world, engine, limit, "a scrub looked at all");
     let lost = world.lost_blocks(engine);
-    assert!(repaired, "bad blocks are not repaired though a scrub looked at all: {bad:?}, lost everywhere {lost:?}");
     let again = world.scrub_all(engine);
     let expected = (lost.len() as u64, 0, 0);
     let told = (again.unrepaired_blocks, again.differing_blocks, again.incomplete_bytes);
@@ -185,13 +179,19 @@ fn read_blocks(world: &mut World, engine: usize, limit: Duration) {
     if world.setup.read != Verify {
         return;
     }
+    all_is_repaired(world, engine, limit, "all were read");
+}
+
+/// Nothing stays bad but blocks that are bad at every member.
+fn all_is_repaired(world: &mut World, engine: usize, limit: Duration, after: &str) {
     let is_whole = |w: &World| {
         let lost = w.lost_blocks(engine);
         w.view_of(engine).into_iter().all(|agent| w.bad_blocks(agent).iter().all(|block| lost.contains(block)))
     };
     let repaired = world.run_until(limit, |w| is_whole(w) && check::is_quiet(w, engine));
     let bad: Vec<_> = world.view_of(engine).into_iter().map(|agent| (agent, world.bad_blocks(agent))).collect();
-    assert!(repaired, "bad blocks that were read are not repaired: {bad:?}");
+    let lost = world.lost_blocks(engine);
+    assert!(repaired, "bad blocks are not repaired though {after}: {bad:?}, lost everywhere {lost:?}");
 }
 
 impl World {
