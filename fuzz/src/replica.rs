@@ -96,8 +96,13 @@ fn work(replica: &mut Replica, now: Duration, outcomes: u8) {
         _ if outcomes & 128 != 0 => Err(JobError::Failed),
         _ => Err(JobError::NoSpace),
     };
-    if replica.next_group().is_some() {
-        replica.group_done(outcomes & 64 == 0);
+    if let Some(job) = replica.next_group() {
+        replica.group_done(match outcomes & (32 | 64) {
+            0 | 96 => GroupOutcome::Durable,
+            32 if job.intents.is_empty() => GroupOutcome::Durable,
+            32 => GroupOutcome::NotBegun,
+            _ => GroupOutcome::Failed,
+        });
     }
     if let Some(job) = replica.next_metadata(now) {
         replica.metadata_done(now, &job, outcome(0));

@@ -168,6 +168,7 @@ impl Run {
             stable: Seq(0),
             tracked: if flags & 2 != 0 { vec![(names()[1].clone(), Seq(0))] } else { Vec::new() },
             lease_remaining_ms: if flags & 4 != 0 { 100 } else { 0 },
+            unsettled: if flags & 8 != 0 { vec![ByteRange { offset: 4096, length: 8192 }] } else { Vec::new() },
         };
         self.volume.peer_message(self.now, peer, ToEngine::Promised(promised));
     }

@@ -3,9 +3,72 @@
 
 use std::io;
 
+use bytes::Bytes;
+use protocol::Record;
+use protocol::message::FetchKind;
+
 use crate::disk::ReplicaFiles;
-use crate::image::Image;
-use crate::replica::{ApplyJob, Changes, JobError, MetadataJob};
+use crate::disk::aligned::AlignedBuffer;
+use crate::image::{Image, Verified};
+use crate::journal::{HEADER_BYTES, group};
+use crate::replica::{ApplyJob, Changes, FetchJob, Found, GroupJob, GroupOutcome, JobError, MetadataJob};
+
+/// Writes a group; with intents, what they name to the image, too: first the group, as only it tells what a crash meanwhile
+/// leaves in doubt. `buffer` is used for the bytes of the group.
+pub fn write_group(
+    files: &ReplicaFiles,
+    image: &Image,
+    job: &GroupJob,
+    buffer: &mut AlignedBuffer,
+) -> (GroupOutcome, io::Result<()>) {
+    if let Err(cause) = job.in_place().try_for_each(|record| image.reserve(record.header.range())) {
+        return (GroupOutcome::NotBegun, Err(cause));
+    }
+    match write_whole_group(files, image, job, buffer) {
+        Ok(()) => (GroupOutcome::Durable, Ok(())),
+        Err(cause) => (GroupOutcome::Failed, Err(cause)),
+    }
+}
+
+fn write_whole_group(
+    files: &ReplicaFiles,
+    image: &Image,
+    job: &GroupJob,
+    buffer: &mut AlignedBuffer,
+) -> io::Result<()> {
+    let checksums = group::encode_into(job.salt, job.generation, &job.records, &job.intents, buffer);
+    let checksums = checksums.map_err(io::Error::other)?;
+    files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())?;
+    if job.intents.is_empty() {
+        return Ok(());
+    }
+    image.write_in_place(job.in_place().map(|record| (record.header.offset, &record.payload)))?;
+    let mut written = job.in_place().zip(&checksums);
+    written.try_for_each(|(record, stored)| image.put_checksums(record.header.offset, stored))
+}
+
+/// Reads records from the journal, as far as they can be read.
+pub fn fetch(files: &ReplicaFiles, image: &Image, job: &FetchJob) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for segment in &job.segments {
+        let mut bytes = vec![0; segment.bytes as usize];
+        files.journal.read_at(HEADER_BYTES + segment.offset, &mut bytes)?;
+        for entry in group::decode(job.salt, &Bytes::from(bytes)) {
+            let header = entry.record.header;
+            found.push(match (job.what, entry.intent) {
+                (FetchKind::Ranges, _) => Found::Range(header.seq, header.range()),
+                (FetchKind::Records, None) => Found::Record(entry.record),
+                (FetchKind::Records, Some(_)) => {
+                    // The bytes are those of the block now, whatever changed them; the member gets what did that, too.
+                    let Ok(Verified { data, crc }) = image.read_verified(header.range())? else { return Ok(found) };
+                    let (position, range) = (header.position(), header.range());
+                    Found::Record(Record::carrying(position, header.kind, range, data, crc))
+                }
+            });
+        }
+    }
+    Ok(found)
+}
 
 /// Makes changes to the image.
 pub fn apply(image: &Image, job: &ApplyJob) -> io::Result<()> {

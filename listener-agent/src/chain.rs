@@ -92,6 +92,13 @@ impl Change {
     }
 }
 
+/// The stored checksums of the blocks that `data` covers whole, if it covers no other, and if its CRC-32 is `crc`.
+pub(crate) fn whole_blocks(offset: u64, data: &[u8], crc: u32) -> Option<Vec<u32>> {
+    let change = Change::of(offset, data);
+    let is_whole = change.head.is_none() && change.tail.is_none();
+    (is_whole && change.crc() == crc).then_some(change.whole)
+}
+
 impl Part {
     /// What the checksum of a block was, in stored form, and what it is with this part in it.
     fn put_into(&self, block: &[u8]) -> PartChange {

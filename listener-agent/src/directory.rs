@@ -14,21 +14,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::ranges::ByteRange;
-use protocol::record::Resize;
-use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, RecordKind, Seq, View, ViewState, VolumeUuid};
+use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, Seq, View, ViewState, VolumeUuid};
 use rustix::fs::{FlockOperation, SeekFrom, flock};
 use rustix::io::Errno;
 
-use crate::dirty_file;
 use crate::disk::file::{Caching, SystemFile};
 use crate::disk::{RawFile, ReplicaFiles};
-use crate::image::{Image, Trust, checksum_file_bytes};
-use crate::journal::recover::{RecoverError, ScanStart, scan};
+use crate::image::{Image, checksum_file_bytes};
+use crate::journal::recover::RecoverError;
 use crate::journal::ring::Ring;
 use crate::journal::{self, HeaderError};
+use crate::recovery::{changed_since_checkpoint, recover};
 use crate::replica::dirty::DirtyMaps;
-use crate::replica::note_durable;
-use crate::superblock::{self, Identity, JournalTail, Superblock, SuperblockError};
+use crate::superblock::{self, Cut, Identity, JournalTail, Superblock, SuperblockError};
 
 /// Names of the files.
 pub const SUPERBLOCK: &str = "superblock";
@@ -329,6 +327,8 @@ pub fn first_superblock(new: &NewReplica) -> Superblock {
         stable: Seq(0),
         tracked: Vec::new(),
         tracked_seq: Seq(0),
+        cut: Cut::default(),
+        unsettled: Vec::new(),
     }
 }
 
@@ -461,15 +461,9 @@ const DEVICE_SAMPLES: u64 = 64;
 fn refuse_foreign_device(dir: &Path, files: &ReplicaFiles, superblock: &Superblock) -> Result<(), DirectoryError> {
     let path = dir.join(IMAGE);
     let Ok(device) = fs::read_link(&path) else { return Ok(()) };
-    let mut in_journal: Vec<ByteRange> = Vec::new();
-    let scanned = scan(files.journal.as_ref(), ScanStart::of(superblock), &mut |record| {
-        if record.seq() > superblock.checkpoint.seq {
-            in_journal.push(record.header.range().aligned(BLOCK_BYTES));
-        }
-        Ok(())
-    });
-    scanned.map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })?;
     let image = Image::new(files);
+    let in_journal = changed_since_checkpoint(files, &image, superblock)
+        .map_err(|cause| DirectoryError::Recover { path: dir.join(JOURNAL), cause })?;
     let size_bytes = superblock.image_bytes;
     let stride = (size_bytes / DEVICE_SAMPLES).next_multiple_of(BLOCK_BYTES).max(BLOCK_BYTES);
     let (mut good, mut bad) = (0, 0);
@@ -489,42 +483,10 @@ fn refuse_foreign_device(dir: &Path, files: &ReplicaFiles, superblock: &Superblo
     if bad * 4 > good + bad { Err(DirectoryError::ForeignDevice { path: dir.to_owned(), device }) } else { Ok(()) }
 }
 
-/// Replays the journal and begins a new generation.
-pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenReplica, RecoverError> {
-    // After a mere crash of the process the system may hold journal bytes that are not on disk yet. They become durable
-    // here, before anything is said about them.
-    files.journal.sync()?;
-    let image = Image::new(&files);
-    let mut dirty = dirty_file::load(files.dirty.as_ref(), &superblock)?;
-    let checkpoint = superblock.checkpoint;
-    let start = ScanStart::of(&superblock);
-    let mut durable = checkpoint;
-    let mut image_bytes = superblock.image_bytes;
-    let recovered = scan(files.journal.as_ref(), start, &mut |record| {
-        durable = record.header.position();
-        note_durable(&mut superblock, &mut dirty, &record).map_err(io::Error::other)?;
-        if record.seq() <= checkpoint.seq {
-            return Ok(());
-        }
-        if record.header.kind != RecordKind::Resize {
-            return image.apply(&record, Trust::InDoubt);
-        }
-        let to = Resize::decode(&record.payload).map_err(io::Error::other)?.size_bytes;
-        image.grow(image_bytes, to)?;
-        image_bytes = image_bytes.max(to);
-        Ok(())
-    })?;
-    assert!(durable.seq == recovered.last, "the scan counts what it hands over");
-    superblock.generation += 1;
-    superblock.write_count += 1;
-    superblock.clean = false;
-    superblock.write(files.superblock.as_ref())?;
-    Ok(OpenReplica { files, image, superblock, ring: recovered.ring, durable, dirty })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Trust;
 
     fn new_replica() -> NewReplica {
         let identity = Identity {

@@ -12,9 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use protocol::message::{Condition, EngineId, ReadOutcome};
-use protocol::{BLOCK_BYTES, Epoch, Record, ToAgent, ToEngine, View};
+use protocol::{BLOCK_BYTES, Epoch, ToAgent, ToEngine, View};
 use tracing::{error, info};
 
 use crate::carry_out;
@@ -22,8 +21,7 @@ use crate::directory::{self, DirectoryError};
 use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
 use crate::image::Image;
-use crate::journal::{HEADER_BYTES, group};
-use crate::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, JobError, ReadJob, Replica, SessionId, Time};
+use crate::replica::{ApplyJob, ExtendJob, FetchJob, Found, GroupOutcome, JobError, ReadJob, Replica, SessionId, Time};
 use crate::superblock::Identity;
 
 /// Takes messages for an engine. Must not block.
@@ -403,33 +401,24 @@ impl Shared {
         }
     }
 
-    fn write_group(&self, job: &GroupJob, buffer: &mut AlignedBuffer) -> io::Result<()> {
-        group::encode_into(job.salt, job.generation, &job.records, buffer).map_err(io::Error::other)?;
-        self.files.journal.write_durable_at(HEADER_BYTES + job.offset, buffer.as_slice())
-    }
-
-    fn fetch(&self, job: &FetchJob) -> Vec<Record> {
-        let mut records = Vec::new();
-        for segment in &job.segments {
-            let mut bytes = vec![0; segment.bytes as usize];
-            if let Err(e) = self.files.journal.read_at(HEADER_BYTES + segment.offset, &mut bytes) {
-                error!("{}: reading the journal for another replica: {e}", self.label);
-                break;
-            }
-            records.extend(group::decode(job.salt, &Bytes::from(bytes)));
-        }
-        records
+    fn fetch(&self, job: &FetchJob) -> Vec<Found> {
+        carry_out::fetch(&self.files, &self.image, job).unwrap_or_else(|e| {
+            error!("{}: reading the journal for another replica: {e}", self.label);
+            Vec::new()
+        })
     }
 }
 
 fn write_journal(shared: &Shared) {
     let mut buffer = AlignedBuffer::with_capacity(0);
     while let Some(job) = shared.next_job(&shared.journal_work, |_| None, |state, _| state.replica.next_group()) {
-        let outcome = shared.write_group(&job, &mut buffer);
-        shared.report("writing the journal", &outcome);
+        let (outcome, cause) = carry_out::write_group(&shared.files, &shared.image, &job, &mut buffer);
+        if outcome == GroupOutcome::Failed {
+            shared.report("writing the journal", &cause);
+        }
         // The payloads are kept by the state machine until they are applied.
         drop(job);
-        shared.change(|r, _| r.group_done(outcome.is_ok()));
+        shared.change(|r, _| r.group_done(outcome));
     }
 }
 
@@ -488,8 +477,8 @@ fn serve_reads(shared: &Shared) {
                 shared.change(|r, _| r.read_done(job, outcome));
             }
             ReadWork::Journal(job) => {
-                let records = shared.fetch(&job);
-                shared.change(|r, _| r.fetch_done(&job, records));
+                let found = shared.fetch(&job);
+                shared.change(|r, _| r.fetch_done(&job, found));
             }
             ReadWork::Room(job) => {
                 let outcome = carry_out::extend(&shared.image, job.size_bytes).map_err(|e| (e.error, e.to_string()));

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use protocol::checksum::stored_block_checksum;
 use protocol::extents::Extent;
 use protocol::message::{Copy, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
@@ -140,14 +141,54 @@ impl Image {
         self.checksums.write_back()
     }
 
+    /// Sees to it that there is space for what is written to a range: see [`RawFile::reserve`].
+    pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
+        self.image.reserve(range)
+    }
+
+    /// Writes whole blocks that are nowhere in the journal, and makes them durable. They have no checksums before
+    /// [`Image::put_checksums`].
+    pub fn write_in_place<'a>(&self, writes: impl Iterator<Item = (u64, &'a Bytes)>) -> io::Result<()> {
+        for (offset, data) in writes {
+            self.image.write_soon_at(offset, data)?;
+        }
+        self.sync_with(|| self.image.sync())
+    }
+
+    /// Puts the stored checksums of the blocks from `offset` on, which hold what these are of.
+    pub fn put_checksums(&self, offset: u64, stored: &[u32]) -> io::Result<()> {
+        let bytes: Vec<u8> = stored.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
+        self.checksums.write_at(offset / BLOCK_BYTES * CHECKSUM_BYTES, &bytes)
+    }
+
+    /// Whether the blocks from `offset` on hold what these stored checksums are of; their bytes if so.
+    pub fn holds(&self, offset: u64, stored: &[u32]) -> Option<Bytes> {
+        let mut bytes = vec![0; stored.len() * BLOCK];
+        self.image.read_at(offset, &mut bytes).ok()?;
+        let is_held = bytes.chunks_exact(BLOCK).zip(stored).all(|(block, stored)| stored_block_checksum(block) == *stored);
+        is_held.then(|| bytes.into())
+    }
+
+    /// Of the blocks from `offset` on, gives those that hold what these stored checksums are of these checksums. The others
+    /// keep theirs. Not durable before [`Image::write_back`] and [`Image::sync`].
+    pub fn put_checksums_where_they_match(&self, offset: u64, stored: &[u32]) -> io::Result<()> {
+        let blocks = (offset..).step_by(BLOCK).zip(stored);
+        let mut matching = blocks.filter(|(at, stored)| self.holds(*at, &[**stored]).is_some());
+        matching.try_for_each(|(at, stored)| self.put_checksums(at, &[*stored]))
+    }
+
     /// Makes everything durable that was applied before the last [`Image::write_back`] began.
     pub fn sync(&self) -> io::Result<()> {
+        self.sync_with(|| self.image.sync().and_then(|()| self.checksums.sync_written()))
+    }
+
+    fn sync_with(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         // The system tells of a loss once: whoever syncs at the same time, or later, must hear of it too.
         let _syncing = self.syncing.lock().expect("no thread panicked with the lock");
         if self.sync_failed.load(Ordering::SeqCst) {
             return Err(io::Error::other("a sync failed before"));
         }
-        let outcome = self.image.sync().and_then(|()| self.checksums.sync_written());
+        let outcome = sync();
         self.sync_failed.fetch_or(outcome.is_err(), Ordering::SeqCst);
         outcome
     }

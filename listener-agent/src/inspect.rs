@@ -14,7 +14,9 @@ use crate::directory::{self, DIRTY, DirectoryError, JOURNAL};
 use crate::dirty_file;
 use crate::disk::ReplicaFiles;
 use crate::journal::capacity_bytes;
-use crate::journal::recover::{RecoverError, Recovered, ScanStart, scan};
+use crate::image::Image;
+use crate::journal::recover::{RecoverError, Recovered, scan};
+use crate::recovery;
 use crate::replica::dirty::DirtyCount;
 use crate::replica::note_durable;
 use crate::superblock::Superblock;
@@ -172,9 +174,9 @@ fn scan_journal(
     opened: &Opened,
     on_record: &mut dyn FnMut(&protocol::Record) -> std::io::Result<()>,
 ) -> Result<Recovered, InspectError> {
-    let superblock = &opened.superblock;
-    let start = ScanStart::of(superblock);
-    scan(opened.files.journal.as_ref(), start, &mut |record| on_record(&record))
+    let found = recovery::find(&opened.files, &Image::new(&opened.files), &opened.superblock);
+    found
+        .and_then(|found| scan(opened.files.journal.as_ref(), found.start, &mut |entry| on_record(&entry.record)))
         .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
 }
 

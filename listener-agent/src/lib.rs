@@ -2,8 +2,8 @@
 //!
 //! [`server`] speaks to engines, [`host`] runs the threads of a replica, [`replica`] decides, [`carry_out`] does what it
 //! decided to [`journal`], [`image`], [`dirty_file`] and [`superblock`], which are what lies on disk. [`directory`] makes
-//! and opens it, [`inspect`] looks at it offline,
-//! and [`rebuild`] gives it checksums where they are lost.
+//! and opens it, [`recovery`] replays its journal, [`inspect`] looks at it offline, and [`rebuild`] gives it checksums where
+//! they are lost.
 
 mod blocks;
 pub mod carry_out;
@@ -20,8 +20,8 @@ pub mod image;
 pub mod inspect;
 pub mod journal;
 pub mod rebuild;
+pub mod recovery;
 pub mod replica;
-
 pub mod server;
 pub mod service;
 pub mod superblock;

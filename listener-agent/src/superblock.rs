@@ -26,8 +26,10 @@ use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, ReplicaName, Seq, Vie
 use crate::disk::RawFile;
 use crate::disk::aligned::AlignedBuffer;
 
-/// Version of all formats in a replica's directory.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of all formats in a replica's directory, as this release writes them.
+pub const FORMAT_VERSION: u32 = 2;
+/// The first version, which knew no intents, and which is still read.
+const VERSION_WITHOUT_INTENTS: u32 = 1;
 /// Bytes of one slot.
 pub const SLOT_BYTES: u64 = 64 * 1024;
 /// Bytes of the file.
@@ -53,6 +55,9 @@ pub struct Identity {
 
 /// The most replicas out of the view of which dirty bitmaps are kept.
 pub const TRACKED_MAX: usize = 16;
+
+/// The most ranges that a superblock names as unsettled: 32 KiB of it.
+pub const UNSETTLED_MAX: usize = 2048;
 
 /// What a superblock says of a replica out of the view. Its bitmaps are in the pages of its slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +87,23 @@ pub struct JournalTail {
     pub seq: Seq,
     /// Records of an older generation found here are leftovers.
     pub generation: u64,
+}
+
+/// Where a log was cut off: its last group named records whose bytes had not all reached the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cut {
+    /// The last record before it.
+    pub after: Seq,
+    /// Later records of this generation, or of an earlier one, are what was cut off.
+    pub generation: u64,
+}
+
+impl Cut {
+    /// Whether a record in the journal was cut off.
+    #[must_use]
+    pub fn is_behind(self, seq: Seq, generation: u64) -> bool {
+        seq > self.after && generation <= self.generation
+    }
 }
 
 /// The superblock.
@@ -121,6 +143,11 @@ pub struct Superblock {
     pub tracked: Vec<TrackedHeader>,
     /// A durable record at or after the checkpoint. What is kept of replicas out of the view is exactly as of this one.
     pub tracked_seq: Seq,
+    /// Where the log was cut off last.
+    pub cut: Cut,
+    /// Whole blocks that hold what they did before the records that were cut off, or what these wrote, block by block, as
+    /// far as no later record changed them. Ascending, apart from each other.
+    pub unsettled: Vec<ByteRange>,
 }
 
 /// Why a superblock cannot be used.
@@ -167,6 +194,9 @@ impl Superblock {
         body.put_u64_le(self.stable.0);
         put_tracked(&mut body, &self.tracked);
         body.put_u64_le(self.tracked_seq.0);
+        body.put_u64_le(self.cut.after.0);
+        body.put_u64_le(self.cut.generation);
+        cursor::put_ranges(&mut body, &self.unsettled);
 
         let mut prefix = Vec::with_capacity(PREFIX_BYTES);
         prefix.put_slice(MAGIC);
@@ -196,13 +226,13 @@ impl Superblock {
             return Err(SlotError::Damaged);
         }
         // Compared after the checksum: a damaged version field must not pass for a newer release.
-        if version != FORMAT_VERSION {
-            return Err(SlotError::Version(version));
+        match version {
+            FORMAT_VERSION | VERSION_WITHOUT_INTENTS => Ok(Self::decode_body(version, body)?),
+            _ => Err(SlotError::Version(version)),
         }
-        Ok(Self::decode_body(body)?)
     }
 
-    fn decode_body(body: &[u8]) -> Result<Superblock, Malformed> {
+    fn decode_body(version: u32, body: &[u8]) -> Result<Superblock, Malformed> {
         let mut r = Reader::new(body);
         let superblock = Superblock {
             identity: Identity {
@@ -232,6 +262,14 @@ impl Superblock {
             stable: Seq(r.u64("stable")?),
             tracked: read_tracked(&mut r)?,
             tracked_seq: Seq(r.u64("tracked seq")?),
+            cut: match version {
+                VERSION_WITHOUT_INTENTS => Cut::default(),
+                _ => Cut { after: Seq(r.u64("cut seq")?), generation: r.u64("cut generation")? },
+            },
+            unsettled: match version {
+                VERSION_WITHOUT_INTENTS => Vec::new(),
+                _ => r.ranges("unsettled ranges")?,
+            },
         };
         r.finish("superblock")?;
         let id = &superblock.identity;
@@ -244,6 +282,9 @@ impl Superblock {
             && superblock.tail.seq > Seq(0)
             && superblock.tail.seq <= superblock.checkpoint.seq.next()
             && superblock.tracked_seq >= superblock.checkpoint.seq
+            && superblock.unsettled.len() <= UNSETTLED_MAX
+            && superblock.unsettled.iter().all(|range| *range == range.aligned(BLOCK_BYTES) && range.length > 0)
+            && superblock.unsettled.is_sorted_by(|a, b| a.end() < b.offset)
             && superblock.image_bytes > 0
             && superblock.image_bytes.is_multiple_of(BLOCK_BYTES);
         if sound { Ok(superblock) } else { Err(Malformed { field: "superblock" }) }
@@ -363,6 +404,8 @@ pub(crate) mod tests {
             stable: Seq(7),
             tracked: vec![tracked("c", 3), tracked("d", 0)],
             tracked_seq: Seq(11),
+            cut: Cut { after: Seq(9), generation: 1 },
+            unsettled: vec![ByteRange { offset: 4096, length: 8192 }, ByteRange { offset: 65536, length: 4096 }],
         }
     }
 
@@ -435,7 +478,7 @@ pub(crate) mod tests {
             if bytes.len() >= PREFIX_BYTES {
                 bytes[..8].copy_from_slice(MAGIC);
                 let _ = Superblock::decode(&bytes);
-                let _ = Superblock::decode_body(&bytes[PREFIX_BYTES..]);
+                let _ = Superblock::decode_body(FORMAT_VERSION, &bytes[PREFIX_BYTES..]);
             }
         }
     }

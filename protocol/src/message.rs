@@ -60,12 +60,14 @@ pub enum ToAgent {
         /// Bytes, at least 1 and at most [`ReadKind::bytes_max`].
         length: u64,
     },
-    /// Asks for records that another member lacks, from this agent's journal.
+    /// Asks for records of this agent's journal.
     Fetch {
         /// First place.
         from: Seq,
         /// Last place.
         to: Seq,
+        /// What is wanted of them.
+        what: FetchKind,
     },
     /// The engine leaves in good order: its lease is void.
     Goodbye,
@@ -135,6 +137,32 @@ impl ReadKind {
             3 => ReadKind::Scrub,
             4..=u8::MAX => return Err(Malformed { field: "what to read" }),
         })
+    }
+}
+
+/// What is wanted of records in a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchKind {
+    /// The records, for a member that lacks them. What one of them wrote may come as it was changed by later ones.
+    Records,
+    /// Which ranges they changed.
+    Ranges,
+}
+
+impl FetchKind {
+    fn number(self) -> u8 {
+        match self {
+            FetchKind::Records => 0,
+            FetchKind::Ranges => 1,
+        }
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<FetchKind, Malformed> {
+        match r.u8("what to fetch")? {
+            0 => Ok(FetchKind::Records),
+            1 => Ok(FetchKind::Ranges),
+            2..=u8::MAX => Err(Malformed { field: "what to fetch" }),
+        }
     }
 }
 
@@ -229,6 +257,13 @@ pub enum ToEngine {
     },
     /// A record asked for with `Fetch`.
     Fetched(Record),
+    /// The range of a record asked for with `Fetch`.
+    Changed {
+        /// Its place.
+        seq: Seq,
+        /// The bytes of the volume that it changed; empty if it changed none.
+        range: ByteRange,
+    },
     /// No more records will come for this `Fetch`. Some may be missing at the end: ask again from there.
     FetchEnd {
         /// First place that was not sent.
@@ -366,6 +401,9 @@ pub struct Promised {
     pub tracked: Vec<(ReplicaName, Seq)>,
     /// How long another engine may still count on an older promise, ms.
     pub lease_remaining_ms: u32,
+    /// Whole blocks of which each is as before or as after a write that is not in its log: the replica died while it wrote
+    /// there. Other members may hold the other of the two.
+    pub unsettled: Vec<ByteRange>,
 }
 
 /// Why a session is refused.
@@ -452,9 +490,10 @@ impl ToAgent {
                 out.put_u64_le(*offset);
                 out.put_u64_le(*length);
             }
-            ToAgent::Fetch { from, to } => {
+            ToAgent::Fetch { from, to, what } => {
                 out.put_u64_le(from.0);
                 out.put_u64_le(to.0);
+                out.put_u8(what.number());
             }
             ToAgent::Goodbye | ToAgent::Synced => {}
             ToAgent::Begin(begin) => encode_begin(begin, out),
@@ -508,7 +547,11 @@ impl ToAgent {
                 offset: r.u64("offset")?,
                 length: r.u64("length")?,
             },
-            8 => ToAgent::Fetch { from: Seq(r.u64("from")?), to: Seq(r.u64("to")?) },
+            8 => ToAgent::Fetch {
+                from: Seq(r.u64("from")?),
+                to: Seq(r.u64("to")?),
+                what: FetchKind::decode(&mut r)?,
+            },
             9 => ToAgent::Goodbye,
             10 => ToAgent::Begin(decode_begin(&mut r)?),
             11 => ToAgent::Copy(decode_copy(&mut r, &mut bulk)?),
@@ -610,6 +653,7 @@ impl ToEngine {
             ToEngine::InSync => 13,
             ToEngine::Dirty(_) => 14,
             ToEngine::Extended { .. } => 15,
+            ToEngine::Changed { .. } => 16,
         }
     }
 
@@ -650,6 +694,7 @@ impl ToEngine {
                 out.put_u64_le(p.stable.0);
                 encode_tracked(&p.tracked, out);
                 out.put_u32_le(p.lease_remaining_ms);
+                cursor::put_ranges(out, &p.unsettled);
             }
             ToEngine::Durable { seq } => out.put_u64_le(seq.0),
             ToEngine::Pong { token } => out.put_u64_le(*token),
@@ -687,6 +732,11 @@ impl ToEngine {
             ToEngine::Fetched(record) => {
                 record.header.encode(out);
                 return record.payload.clone();
+            }
+            ToEngine::Changed { seq, range } => {
+                out.put_u64_le(seq.0);
+                out.put_u64_le(range.offset);
+                out.put_u64_le(range.length);
             }
             ToEngine::FetchEnd { next } => out.put_u64_le(next.0),
             ToEngine::Condition(condition) => out.put_u8(match condition {
@@ -747,7 +797,11 @@ impl ToEngine {
                 ranges: r.ranges("ranges")?,
             }),
             15 => ToEngine::Extended { size_bytes: r.u64("size")?, refused: r.text("text")? },
-            0 | 16..=u8::MAX => return Err(Malformed { field: "message number" }),
+            16 => ToEngine::Changed {
+                seq: Seq(r.u64("seq")?),
+                range: ByteRange { offset: r.u64("offset")?, length: r.u64("length")? },
+            },
+            0 | 17..=u8::MAX => return Err(Malformed { field: "message number" }),
         };
         finish(r, bulk)?;
         Ok(message)
@@ -798,6 +852,7 @@ fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
         stable: Seq(r.u64("stable")?),
         tracked: decode_tracked(r)?,
         lease_remaining_ms: r.u32("lease")?,
+        unsettled: r.ranges("unsettled ranges")?,
     })
 }
 

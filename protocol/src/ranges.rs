@@ -70,6 +70,18 @@ pub fn merge_in_units(ranges: impl IntoIterator<Item = ByteRange>, unit: u64) ->
     merged
 }
 
+/// What of `ranges` lies outside of `taken`.
+#[must_use]
+pub fn outside(ranges: impl IntoIterator<Item = ByteRange>, taken: ByteRange) -> Vec<ByteRange> {
+    let between = |start: u64, end: u64| ByteRange { offset: start, length: end.saturating_sub(start) };
+    let parts = ranges.into_iter().flat_map(|range| {
+        let before = between(range.offset, range.end().min(taken.offset));
+        let behind = between(range.offset.max(taken.end()), range.end());
+        if taken.length == 0 { [range, between(0, 0)] } else { [before, behind] }
+    });
+    parts.filter(|part| part.length > 0).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +103,15 @@ mod tests {
         let merged = merge(ranges.clone(), 7);
         assert!(merged.len() <= 7);
         assert!(ranges.iter().all(|r| merged.iter().any(|m| m.offset <= r.offset && r.end() <= m.end())));
+    }
+
+    #[test]
+    fn what_is_taken_leaves_what_lies_before_and_behind_it() {
+        assert_eq!(outside([range(10, 20), range(40, 5)], range(15, 5)), [range(10, 5), range(20, 10), range(40, 5)]);
+        assert_eq!(outside([range(10, 20)], range(0, 11)), [range(11, 19)]);
+        assert_eq!(outside([range(10, 20)], range(10, 20)), []);
+        assert_eq!(outside([range(10, 20)], range(15, 0)), [range(10, 20)]);
+        assert_eq!(outside([range(10, 20)], range(30, 5)), [range(10, 20)]);
     }
 
     #[test]

@@ -165,9 +165,7 @@ mod tests {
     use super::*;
     use crate::checksum::crc32;
     use crate::extents::{Allocation, EXTENTS_MAX, Extent};
-    use crate::message::{
-        Begin, Condition, Copy, Dirty, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome,
-    };
+    use crate::message::{Begin, Condition, Copy, Dirty, FetchKind, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome};
     use crate::position::{Epoch, EpochHistory, Position, Seq};
     use crate::quorum::{AckPolicies, AckPolicy};
     use crate::ranges::ByteRange;
@@ -220,7 +218,8 @@ mod tests {
             ToAgent::Read { id: 1, what: ReadKind::Extents, offset: 2, length: 1 << 36 },
             ToAgent::Read { id: 1, what: ReadKind::Prefetch, offset: 2, length: 3 },
             ToAgent::Read { id: 1, what: ReadKind::Scrub, offset: 4096, length: 8192 },
-            ToAgent::Fetch { from: Seq(1), to: Seq(2) },
+            ToAgent::Fetch { from: Seq(1), to: Seq(2), what: FetchKind::Records },
+            ToAgent::Fetch { from: Seq(1), to: Seq(2), what: FetchKind::Ranges },
             ToAgent::Goodbye,
             ToAgent::Begin(begin),
             ToAgent::Copy(Copy { id: 3, range, data: vec![7; 8192].into(), crc: crc32(&[7; 8192]) }),
@@ -246,6 +245,7 @@ mod tests {
             stable: Seq(2),
             tracked: vec![("b".parse().unwrap(), Seq(1))],
             lease_remaining_ms: 10,
+            unsettled: vec![ByteRange { offset: 8192, length: 4096 }],
         };
         let dirty = Dirty {
             subject: "b".parse().unwrap(),
@@ -282,6 +282,7 @@ mod tests {
             read(ReadOutcome::Damaged),
             read(ReadOutcome::Scrubbed(vec![BlockFound::Sound { checksum: 7 }, BlockFound::Mismatch])),
             ToEngine::Fetched(record()),
+            ToEngine::Changed { seq: Seq(2), range: ByteRange { offset: 4096, length: 512 } },
             ToEngine::FetchEnd { next: Seq(2) },
             ToEngine::Condition(Condition::Healthy),
             ToEngine::Condition(Condition::NoSpace),

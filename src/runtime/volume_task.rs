@@ -320,6 +320,7 @@ impl VolumeTask {
             Notice::ViewInForce { .. }
             | Notice::Dropping { .. }
             | Notice::Replaying { .. }
+            | Notice::Settling { .. }
             | Notice::LostData { .. }
             | Notice::ReadFailed { .. }
             | Notice::DamagedAnswer { .. }

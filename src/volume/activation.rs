@@ -4,25 +4,27 @@
 //! 2. *Promise*: ask for a promise of an epoch higher than any seen. Of the answers the highest position names the view;
 //!    enough of its members must have answered. The highest of these is the source of the true history.
 //! 3. *Replay*: members whose log is a prefix of the source's get what they lack from its journal, one after another.
-//! 4. *Start*: the first record of the epoch goes to all; once enough members hold it durably, and no earlier engine can
+//! 4. *Settle*: what a crash left unsettled on any of them is read at one, to be given out as records ([`super::settling`]).
+//! 5. *Start*: the first record of the epoch goes to all; once enough members hold it durably, and no earlier engine can
 //!    count on a lease any more, the volume serves. Members that took no part are then dropped by ordinary view changes.
 //!
 //! A start that is not possible for want of members is reported and tried on: they may come, or an operator may say to go
 //! on without them, which makes a *forced* view the first record of the epoch.
 //!
-//! Losing a participant before step 4, or meeting a higher promise, starts over with a new epoch; nothing was served.
+//! Losing a participant before step 5, or meeting a higher promise, starts over with a new epoch; nothing was served.
 
 use std::time::Duration;
 
-use protocol::message::{Promised, Welcome};
+use protocol::message::{FetchKind, Promised, Welcome};
 use protocol::quorum::AckPolicies;
-use protocol::ranges::ByteRange;
+use protocol::ranges::{ByteRange, outside};
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
 use super::log::Log;
 use super::membership::Membership;
 use super::peer::{Lacks, Link, Role};
+use super::settling::Settling;
 use super::{Event, Failure, MissingReplica, Notice, PeerId, Phase, StartRefusal, Time, Volume};
 
 /// How long to wait for replicas that could be done without.
@@ -55,7 +57,14 @@ enum Step {
     Gather,
     Promise,
     Replay(Replay),
+    Settle(Box<Settle>),
     Start { seq: Seq },
+}
+
+#[derive(Debug)]
+struct Settle {
+    replay: Replay,
+    settling: Settling,
 }
 
 #[derive(Debug)]
@@ -229,7 +238,11 @@ impl<T> Volume<T> {
         let found = promised.position;
         let end = Position { epoch: self.epoch, seq: log.last() };
         let at = &mut self.peers[peer];
-        let same_history = self.history.has_prefix(found, end) && log.holds_all_after(found.seq);
+        // What it left unsettled is of records that it will get again.
+        let unsettled =
+            log.ranges_after(found.seq).fold(promised.unsettled.clone(), outside);
+        let same_history =
+            self.history.has_prefix(found, end) && log.holds_all_after(found.seq) && unsettled.is_empty();
         if found.seq < at.durable || !same_history {
             let notice = Notice::LostData { replica: at.name.clone(), acknowledged: at.durable, found };
             self.notice(notice);
@@ -256,12 +269,7 @@ impl<T> Volume<T> {
     }
 
     pub(super) fn on_fetched(&mut self, peer: PeerId, record: Record) {
-        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else {
-            if let Some(survey) = self.survey_of(peer) {
-                survey.take(&record);
-            }
-            return;
-        };
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
         let Some((target, forwarded)) = &mut replay.current else { return };
         if replay.source == peer && record.seq() == forwarded.next() && record.seq() <= replay.goal {
             *forwarded = record.seq();
@@ -281,13 +289,38 @@ impl<T> Volume<T> {
         // The member may hold all of the part durably by now.
         let gave_something = whole && from.is_some_and(|from| next > from);
         if !gave_something {
-            self.peers[peer].last_error = Some(format!("its journal does not give record {next}"));
-            self.start_over(now);
+            self.peers[peer].last_error = Some(format!("it does not give record {next}"));
+            self.leave_behind(now);
         }
     }
 
-    pub(super) fn activation_lost(&mut self, now: Time, peer: PeerId) {
+    /// The member being brought up cannot be: the source lost what it lacks. It is done without if it can be, and copied to
+    /// later.
+    fn leave_behind(&mut self, now: Time) {
         let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
+        let (source, current) = (replay.source, replay.current);
+        let usable: Vec<PeerId> =
+            replay.usable.iter().copied().filter(|id| current.is_none_or(|(target, _)| *id != target)).collect();
+        let is_enough = |truth: &Promised| {
+            let given_up = self.given_up(&truth.views.view, &self.answered(&truth.views.view));
+            !given_up.is_empty() || self.can_carry(truth, &usable)
+        };
+        let truth = self.peers[source].promised.clone().filter(is_enough);
+        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &mut self.phase else { return };
+        if truth.is_none() || current.is_none() {
+            return self.start_over(now);
+        }
+        (replay.usable, replay.current, replay.fetching_from) = (usable, None, None);
+        self.advance_replay(now);
+    }
+
+    pub(super) fn activation_lost(&mut self, now: Time, peer: PeerId) {
+        let Phase::Activating(activation) = &self.phase else { return };
+        let replay = match &activation.step {
+            Step::Replay(replay) => replay,
+            Step::Settle(settle) => &settle.replay,
+            Step::Gather | Step::Promise | Step::Start { .. } => return,
+        };
         if replay.usable.contains(&peer) {
             self.start_over(now);
         }
@@ -341,6 +374,12 @@ impl<T> Volume<T> {
             }
             Step::Replay(_) => {
                 self.advance_replay(now);
+                self.refuse_stalled(now);
+            }
+            Step::Settle(_) => {
+                if self.advance_settling(now) {
+                    self.begin_epoch(now);
+                }
                 self.refuse_stalled(now);
             }
             Step::Start { seq } => {
@@ -471,7 +510,8 @@ impl<T> Volume<T> {
         if !enough || may_come {
             return false;
         }
-        let position = |id: &PeerId| self.peers[*id].promised.as_ref().map(|p| p.position);
+        // Of equals rather one that has nothing unsettled: its blocks are read at it.
+        let position = |id: &PeerId| self.peers[*id].promised.as_ref().map(|p| (p.position, p.unsettled.is_empty()));
         let Some(source) = answered.iter().copied().max_by_key(position) else { return false };
         let Some(truth) = self.peers[source].promised.clone() else { return false };
         if truth.size_bytes < self.settings.size_bytes {
@@ -519,7 +559,7 @@ impl<T> Volume<T> {
         if done || replay.current.is_none() {
             let behind = replay.usable.iter().copied().find(|id| self.peers[*id].durable < replay.goal);
             replay.current = behind.map(|id| (id, self.peers[id].durable));
-            let Some((target, durable)) = replay.current else { return self.begin_epoch(now) };
+            let Some((target, durable)) = replay.current else { return self.begin_settling(now) };
             let notice = Notice::Replaying {
                 replica: self.peers[target].name.clone(),
                 source: self.peers[replay.source].name.clone(),
@@ -533,20 +573,56 @@ impl<T> Volume<T> {
             && self.peers[target].durable == forwarded
         {
             replay.fetching_from = Some(forwarded.next());
-            self.peers[replay.source].push_urgent(ToAgent::Fetch { from: forwarded.next(), to: replay.goal });
+            let (from, to, what) = (forwarded.next(), replay.goal, FetchKind::Records);
+            self.peers[replay.source].push_urgent(ToAgent::Fetch { from, to, what });
             self.progressed(now);
         }
     }
 
-    fn progressed(&mut self, now: Time) {
+    /// All members that take part hold the same records. They may differ where a crash left something unsettled.
+    fn begin_settling(&mut self, now: Time) {
+        let bytes_max = u64::from(self.record_payload_bytes_max);
+        let Some(activation) = self.activation() else { return };
+        let Step::Replay(replay) = std::mem::replace(&mut activation.step, Step::Gather) else { return };
+        let source = replay.source;
+        let promised = |id: &PeerId| self.peers[*id].promised.as_ref();
+        let unsettled = replay.usable.iter().filter_map(promised).flat_map(|p| p.unsettled.iter().copied());
+        let size_bytes = promised(&source).map_or(0, |truth| truth.size_bytes);
+        let others = replay.usable.iter().copied().filter(|id| *id != source);
+        let members = std::iter::once(source).chain(others).collect();
+        let settling = Settling::new(unsettled, size_bytes, bytes_max, members);
+        let bytes = settling.bytes_left();
+        self.enter(now, Step::Settle(Box::new(Settle { replay, settling })));
+        if bytes > 0 {
+            let source = self.peers[source].name.clone();
+            self.events.push_back(Event::Notice(Notice::Settling { source, bytes }));
+        }
+        if self.advance_settling(now) {
+            self.begin_epoch(now);
+        }
+    }
+
+    pub(super) fn settling(&mut self) -> Option<&mut Settling> {
+        match &mut self.phase {
+            Phase::Activating(Activation { step: Step::Settle(settle), .. }) => Some(&mut settle.settling),
+            Phase::Activating(_) | Phase::Serving | Phase::Dead => None,
+        }
+    }
+
+    pub(super) fn progressed(&mut self, now: Time) {
         if let Some(activation) = self.activation() {
             activation.step_since = now;
         }
     }
 
     fn refuse_stalled(&mut self, now: Time) {
-        let Phase::Activating(Activation { step: Step::Replay(replay), step_since, .. }) = &self.phase else { return };
-        if let Some((target, _)) = replay.current
+        let Phase::Activating(Activation { step, step_since, .. }) = &self.phase else { return };
+        let waited_for = match step {
+            Step::Replay(replay) => replay.current.map(|(target, _)| target),
+            Step::Settle(settle) => Some(settle.replay.source),
+            Step::Gather | Step::Promise | Step::Start { .. } => None,
+        };
+        if let Some(target) = waited_for
             && now.saturating_sub(*step_since) >= self.settings.start_timeout
         {
             let peer = &self.peers[target];
@@ -557,8 +633,9 @@ impl<T> Volume<T> {
     }
 
     fn begin_epoch(&mut self, now: Time) {
-        let Phase::Activating(Activation { step: Step::Replay(replay), .. }) = &self.phase else { return };
-        let (goal, usable, source) = (replay.goal, replay.usable.clone(), replay.source);
+        let Some(activation) = self.activation() else { return };
+        let Step::Settle(settle) = std::mem::replace(&mut activation.step, Step::Gather) else { return };
+        let Settle { replay: Replay { goal, usable, source, .. }, settling } = *settle;
         let Some(truth) = self.peers[source].promised.clone() else { return };
         let size_bytes = truth.size_bytes;
         let given_up = self.given_up(&truth.views.view, &self.answered(&truth.views.view));
@@ -596,7 +673,8 @@ impl<T> Volume<T> {
         self.epoch_start = first.seq;
         self.force_view(now, given_up);
         let nowhere = ByteRange { offset: 0, length: 0 };
-        let seq = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
+        let first = self.append(now, RecordKind::EpochStart, nowhere, false, self.acks().encode());
+        let seq = self.give_out_settled(now, settling).unwrap_or(first);
         for id in 0..self.peers.len() {
             let peer = &self.peers[id];
             if peer.role != Role::Member && matches!(peer.link, Link::Ready | Link::Promising { .. }) {

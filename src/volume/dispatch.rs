@@ -94,6 +94,9 @@ impl<T> Volume<T> {
             let replica = self.peers[peer].name.clone();
             self.notice(Notice::DamagedAnswer { replica });
         }
+        if self.on_settling_read(now, id, &outcome) {
+            return;
+        }
         let is_of_ours = self.on_chunk_read(now, peer, id, seen, &outcome);
         if is_of_ours || self.on_repair_read(now, peer, id, seen, &outcome) {
             return;

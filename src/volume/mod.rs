@@ -37,6 +37,7 @@ mod refusal;
 mod repair;
 mod resync;
 mod scrub;
+mod settling;
 mod snapshot;
 mod survey;
 mod ties;
@@ -319,6 +320,11 @@ impl<T> Volume<T> {
             }
             ToEngine::ReadDone { id, applied, outcome } => self.on_read_done(now, peer, id, applied, outcome),
             ToEngine::Fetched(record) => self.on_fetched(peer, record),
+            ToEngine::Changed { seq, range } => {
+                if let Some(survey) = self.survey_of(peer) {
+                    survey.take(seq, range);
+                }
+            }
             ToEngine::Begun => self.on_begun(now, peer),
             ToEngine::Copied { id } => self.on_copied(now, peer, id),
             ToEngine::InSync => self.on_in_sync(now, peer),

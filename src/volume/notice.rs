@@ -32,6 +32,13 @@ pub enum Notice {
         /// How many.
         records: u64,
     },
+    /// Blocks of which a crash left two versions are read at one replica, and become those of all.
+    Settling {
+        /// At which, if its copies are sound.
+        source: ReplicaName,
+        /// How many bytes.
+        bytes: u64,
+    },
     /// A replica returned with less than it had acknowledged.
     LostData {
         /// Which.
@@ -227,6 +234,7 @@ impl Notice {
         match self {
             Notice::ViewInForce { .. }
             | Notice::Replaying { .. }
+            | Notice::Settling { .. }
             | Notice::Waiting { .. }
             | Notice::Back { .. }
             | Notice::Resyncing { .. }
@@ -264,6 +272,7 @@ impl Notice {
         match self {
             Notice::Dropping { replica, .. }
             | Notice::Replaying { replica, .. }
+            | Notice::Settling { source: replica, .. }
             | Notice::LostData { replica, .. }
             | Notice::ReadFailed { replica }
             | Notice::DamagedAnswer { replica }
@@ -314,6 +323,9 @@ impl fmt::Display for Notice {
         match self {
             Notice::ViewInForce { view, seq } => write!(f, "the view is {view} since record {seq}"),
             Notice::Dropping { reason, .. } => write!(f, "leaves the view: {reason}"),
+            Notice::Settling { bytes, .. } => {
+                write!(f, "gives {bytes} bytes to all members, which were being written when replicas died")
+            }
             Notice::Replaying { source, records, .. } => write!(f, "gets {records} missing records from {source}"),
             Notice::LostData { acknowledged, found, .. } => write!(
                 f,

@@ -18,7 +18,7 @@ mod copy;
 
 use std::time::Duration;
 
-use protocol::message::{Begin, Condition, Promised};
+use protocol::message::{Begin, Condition, FetchKind, Promised};
 use protocol::ranges::{ByteRange, merge};
 use protocol::record::{DirtyChange, DirtyStep, ranges_max};
 use protocol::{Position, REPLICAS_MAX, RecordKind, ReplicaName, Seq, ToAgent};
@@ -46,6 +46,8 @@ pub(super) struct Resync {
     pub(super) peer: PeerId,
     /// Everything is to be copied, whatever members keep.
     full: bool,
+    /// What the replica left unsettled: to be copied, whatever members keep.
+    unsettled: Vec<ByteRange>,
     step: Step,
     step_since: Time,
     rate: Rate,
@@ -191,6 +193,7 @@ impl<T> Volume<T> {
         self.resync = Some(Resync {
             peer,
             full,
+            unsettled: Vec::new(),
             step: Step::Promise,
             step_since: now,
             rate: Rate::new(self.settings.resync_rate_min, BURST_BYTES_MIN, now),
@@ -224,7 +227,8 @@ impl<T> Volume<T> {
     // ---- promise and survey ------------------------------------------------------------------------------------
 
     pub(super) fn resync_promised(&mut self, now: Time, peer: PeerId, promised: &Promised) {
-        let Some(resync) = self.resync.as_ref().filter(|r| r.peer == peer) else { return };
+        let Some(resync) = self.resync.as_mut().filter(|r| r.peer == peer) else { return };
+        resync.unsettled.clone_from(&promised.unsettled);
         let Some(log) = &self.log else { return };
         let end = Position { epoch: self.epoch, seq: log.last() };
         let replica = self.peers[peer].name.clone();
@@ -253,7 +257,7 @@ impl<T> Volume<T> {
         if let Some(Resync { peer, step: Step::Survey(survey), .. }) = &mut self.resync
             && let Some((from, to)) = survey.question()
         {
-            self.peers[*peer].push_urgent(ToAgent::Fetch { from, to });
+            self.peers[*peer].push_urgent(ToAgent::Fetch { from, to, what: FetchKind::Ranges });
         }
     }
 
@@ -290,12 +294,13 @@ impl<T> Volume<T> {
     }
 
     /// Members take note that the replica follows from here on; `ranges` are dirty besides what they keep.
-    fn give_out_follow(&mut self, now: Time, ranges: Vec<ByteRange>) {
-        let Some(peer) = self.resync.as_ref().map(|r| r.peer) else { return };
+    fn give_out_follow(&mut self, now: Time, mut ranges: Vec<ByteRange>) {
+        let Some((peer, unsettled)) = self.resync.as_ref().map(|r| (r.peer, r.unsettled.clone())) else { return };
         let subject = self.peers[peer].name.clone();
         if ranges == [self.whole()] {
             self.repairs.give_up(peer);
         }
+        ranges.extend(unsettled);
         let count_max = ranges_max(self.record_payload_bytes_max).max(1);
         let step = DirtyStep::Follow { ranges: merge(ranges, count_max) };
         let seq = self.append_dirty(now, subject.clone(), step);

@@ -1,9 +1,9 @@
-//! Which ranges the records in a replica's journal change. The records are fetched part by part, and only their ranges are
-//! kept. Two such surveys are made: of the records that a returning replica alone has ([`super::resync`]), and of those
+//! Which ranges the records in a replica's journal change. They are asked for part by part. Two such surveys are made: of the records that a returning replica alone has ([`super::resync`]), and of those
 //! that members which were absent at activation may lack.
 
+use protocol::Seq;
+use protocol::message::FetchKind;
 use protocol::ranges::{ByteRange, merge};
-use protocol::{Record, Seq};
 
 use super::{PeerId, SinceStable, Time, ToAgent, Volume};
 
@@ -46,12 +46,12 @@ impl Survey {
         Some((self.next, self.end))
     }
 
-    pub(super) fn take(&mut self, record: &Record) {
-        if record.seq() != self.next || self.next > self.end {
+    /// A record changed a range, or none if it is empty.
+    pub(super) fn take(&mut self, seq: Seq, range: ByteRange) {
+        if seq != self.next || self.next > self.end {
             return;
         }
         self.next = self.next.next();
-        let range = record.header.range();
         if range.length > 0 {
             self.ranges.push(range);
         }
@@ -119,7 +119,7 @@ impl<T> Volume<T> {
             return self.give_up_survey();
         }
         if let Some((from, to)) = survey.question() {
-            source.push_urgent(ToAgent::Fetch { from, to });
+            source.push_urgent(ToAgent::Fetch { from, to, what: FetchKind::Ranges });
         }
     }
 
@@ -139,11 +139,9 @@ impl<T> Volume<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::{Epoch, Position, RecordKind};
 
-    fn write(seq: u64, offset: u64) -> Record {
-        let position = Position { epoch: Epoch(1), seq: Seq(seq) };
-        Record::new(position, RecordKind::Write, ByteRange { offset, length: 1 }, vec![0].into())
+    fn take(survey: &mut Survey, seq: u64, offset: u64) {
+        survey.take(Seq(seq), ByteRange { offset, length: 1 });
     }
 
     #[test]
@@ -151,11 +149,11 @@ mod tests {
         let mut survey = Survey::new(0, Seq(4), Seq(6));
         assert_eq!(survey.question(), Some((Seq(5), Seq(6))));
         assert_eq!(survey.question(), None, "one question at a time");
-        survey.take(&write(5, 100));
-        survey.take(&write(7, 300));
+        take(&mut survey, 5, 100);
+        take(&mut survey, 7, 300);
         assert_eq!(survey.part_ended(Seq(6)), Surveyed::Partly);
         assert_eq!(survey.question(), Some((Seq(6), Seq(6))));
-        survey.take(&write(6, 200));
+        take(&mut survey, 6, 200);
         assert_eq!(survey.part_ended(Seq(7)), Surveyed::Whole);
         assert_eq!(survey.ranges().iter().map(|r| r.offset).collect::<Vec<_>>(), [100, 200]);
     }

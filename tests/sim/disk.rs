@@ -210,6 +210,16 @@ impl RawFile for SimFile {
         outcome
     }
 
+    fn write_soon_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        // The system takes it page by page.
+        data.chunks(BLOCK).zip(0..).try_for_each(|(page, index)| self.write_at(offset + index * BLOCK as u64, page))
+    }
+
+    fn reserve(&self, _range: ByteRange) -> io::Result<()> {
+        let faults = self.faults.lock().unwrap();
+        if faults.full && self.can_be_full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(4096) && data.len().is_multiple_of(4096), "direct I/O goes by blocks");
         assert!(data.as_ptr().addr().is_multiple_of(4096), "direct I/O wants aligned memory");

@@ -13,7 +13,7 @@ use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom, fadvise, fallocate, f
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::RawFile;
-use super::write_out::WriteOut;
+use super::write_out::{self, WriteOut};
 
 /// How writes reach the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +79,16 @@ impl SystemFile {
         })
     }
 
+    fn write_in_pieces(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let left_of_piece = WRITE_PIECE_BYTES - offset as usize % WRITE_PIECE_BYTES;
+            let (piece, rest) = data.split_at(left_of_piece.min(data.len()));
+            self.buffered.write_all_at(piece, offset)?;
+            (offset, data) = (offset + piece.len() as u64, rest);
+        }
+        Ok(())
+    }
+
     /// The file descriptor, for locks.
     #[must_use]
     pub fn file(&self) -> &File {
@@ -134,14 +144,20 @@ impl RawFile for SystemFile {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.write_out.note(ByteRange { offset, length: data.len() as u64 });
-        let (mut offset, mut data) = (offset, data);
-        while !data.is_empty() {
-            let left_of_piece = WRITE_PIECE_BYTES - offset as usize % WRITE_PIECE_BYTES;
-            let (piece, rest) = data.split_at(left_of_piece.min(data.len()));
-            self.buffered.write_all_at(piece, offset)?;
-            (offset, data) = (offset + piece.len() as u64, rest);
-        }
+        self.write_in_pieces(offset, data)
+    }
+
+    fn write_soon_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_in_pieces(offset, data)?;
+        write_out::begin(&self.buffered, ByteRange { offset, length: data.len() as u64 });
         Ok(())
+    }
+
+    fn reserve(&self, range: ByteRange) -> io::Result<()> {
+        if self.allocated_in(range)? == Some(range) {
+            return Ok(());
+        }
+        Ok(fallocate(&self.buffered, FallocateFlags::KEEP_SIZE, range.offset, range.length)?)
     }
 
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -248,6 +264,23 @@ mod tests {
         file.read_at(0, &mut back).unwrap();
         let expected = (0..4 * piece).map(|at| if (start..end).contains(&at) { 7 } else { 0 });
         assert!(back.into_iter().eq(expected));
+    }
+
+    #[test]
+    fn what_is_reserved_takes_space_and_holds_what_it_did() {
+        let (_dir, file) = file_of(1 << 20, Caching::Buffered);
+        file.write_soon_at(8192, &[7; 4096]).unwrap();
+        let range = ByteRange { offset: 4096, length: 128 << 10 };
+        // Some filesystems cannot reserve; they say so and leave all as it is.
+        if file.reserve(range).is_ok() {
+            use std::os::unix::fs::MetadataExt;
+            assert!(file.file().metadata().unwrap().blocks() * 512 >= range.length);
+        }
+        assert_eq!(file.length().unwrap(), 1 << 20);
+        let mut back = vec![9; range.length as usize];
+        file.read_at(range.offset, &mut back).unwrap();
+        assert!(back[..4096].iter().all(|b| *b == 0) && back[4096..8192].iter().all(|b| *b == 7));
+        assert!(back[8192..].iter().all(|b| *b == 0));
     }
 
     #[test]

@@ -24,6 +24,15 @@ pub trait RawFile: Send + Sync {
     fn read_cached_at(&self, offset: u64, buffer: &mut [u8]) -> bool;
     /// Writes to where the system keeps dirty pages. A file that ends before becomes longer.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// As [`RawFile::write_at`], of what is to be durable soon: the device may begin to write it at once.
+    fn write_soon_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_at(offset, data)
+    }
+    /// Sees to it that what is written to a range finds space, without changing what it holds: an error if there is none, or
+    /// if nobody can say so.
+    fn reserve(&self, _range: ByteRange) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Writes and returns when it is durable. `offset`, `data` and its address are multiples of a block.
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Makes everything written before durable.

@@ -48,6 +48,11 @@ impl WriteOut {
     }
 }
 
+/// Has the system begin to write what it caches of a range. Whether it does, and how it ends, the sync tells that follows.
+pub(super) fn begin(file: &File, range: ByteRange) {
+    let _ = sync_file_range(file, range, libc::SYNC_FILE_RANGE_WRITE);
+}
+
 /// Has the system write what it caches of a range, and waits for that.
 fn write_out(file: &File, range: ByteRange) -> io::Result<()> {
     let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;

@@ -209,7 +209,7 @@ fn cost_of_writes_and_reads_by_size() {
         let raw_read = time(&mut || file.read_at(offset, &mut buffer).unwrap());
         let read = time(&mut || _ = std::hint::black_box(f.image.read(ReadKind::Data, range)));
         let crc = time(&mut || _ = std::hint::black_box(crc32(&records[0].payload)));
-        let encode = time(&mut || _ = encode_into(salt, 1, &records, &mut group));
+        let encode = time(&mut || _ = encode_into(salt, 1, &records, &[], &mut group));
         println!(
             "{length} bytes: apply {apply} ns (write alone {raw_write}), read {read} ns (read alone {raw_read}), \
              encoding for the journal {encode} ns; one CRC {crc} ns"

@@ -6,11 +6,13 @@ use std::io;
 use std::path::Path;
 
 use protocol::BLOCK_BYTES;
-use protocol::ranges::{ByteRange, merge_in_units};
+use protocol::ranges::ByteRange;
 use serde::Serialize;
 
-use super::{InspectError, Opened, open, scan_journal};
+use super::{InspectError, Opened, open};
+use crate::directory::JOURNAL;
 use crate::image::{Image, checksum_file_bytes};
+use crate::recovery::changed_since_checkpoint;
 
 /// What is wrong with a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -75,8 +77,10 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyRe
         bad: Vec::new(),
         checksums_too_long_bytes: checksum_bytes - needed,
     };
-    let unjudged = Unjudged(changed_since_checkpoint(dir, &opened)?);
     let image = Image::new(&opened.files);
+    let changed = changed_since_checkpoint(&opened.files, &image, &opened.superblock)
+        .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })?;
+    let unjudged = Unjudged(changed);
     let mut offset = 0;
     while let Some(next) = next_data(&opened, ByteRange { offset, length: size - offset }).map_err(failed)? {
         let end = (next / CHUNK_BYTES + 1) * CHUNK_BYTES;
@@ -100,18 +104,6 @@ impl Unjudged {
         let next = self.0.get(self.0.partition_point(|r| r.end() <= range.offset));
         next.is_some_and(|r| r.overlaps(range))
     }
-}
-
-fn changed_since_checkpoint(dir: &Path, opened: &Opened) -> Result<Vec<ByteRange>, InspectError> {
-    let checkpoint = opened.superblock.checkpoint.seq;
-    let mut changed: Vec<ByteRange> = Vec::new();
-    scan_journal(dir, opened, &mut |record| {
-        if record.seq() > checkpoint && record.header.length > 0 {
-            changed.push(record.header.range());
-        }
-        Ok(())
-    })?;
-    Ok(merge_in_units(changed, BLOCK_BYTES))
 }
 
 /// The first block of a range that takes space in the image, or whose checksum does. Those before are zeroes with the

@@ -59,6 +59,18 @@ pub fn group_bytes_max(file_bytes: u64) -> u64 {
     (capacity_bytes(file_bytes) / 4 / BLOCK_BYTES * BLOCK_BYTES).min(4 << 20)
 }
 
+/// From this size on a write can be an intent, bytes: below it costs less to write it twice than to wait for two writes.
+#[must_use]
+pub fn intent_bytes_min(file_bytes: u64) -> u64 {
+    let eighth = u64::from(record_payload_bytes_max(file_bytes)) / 8 / BLOCK_BYTES * BLOCK_BYTES;
+    eighth.max(2 * BLOCK_BYTES)
+}
+
+/// The most intents in a group.
+pub const INTENTS_MAX: usize = 32;
+/// What the intents of a group write, bytes, at most: it bounds the time of one group.
+pub const INTENTS_BYTES_MAX: u64 = 4 << 20;
+
 /// Why a journal is not this replica's.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {

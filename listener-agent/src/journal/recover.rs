@@ -4,14 +4,13 @@ use std::collections::VecDeque;
 use std::io;
 
 use bytes::Bytes;
-use protocol::checksum::crc32;
-use protocol::{BLOCK_BYTES, Epoch, Record, Seq};
+use protocol::{BLOCK_BYTES, Epoch, Seq};
 
-use super::group::{ENTRY_HEADER_BYTES, EntryHeader, Salt};
+use super::group::{ENTRY_HEADER_BYTES, Entry, EntryHeader, Salt};
 use super::ring::{Ring, Segment};
 use super::{HEADER_BYTES, capacity_bytes};
 use crate::disk::RawFile;
-use crate::superblock::{JournalTail, Superblock};
+use crate::superblock::{Cut, JournalTail, Superblock};
 
 /// What the journal holds.
 #[derive(Debug)]
@@ -20,6 +19,17 @@ pub struct Recovered {
     pub ring: Ring,
     /// The place of the last record found, or the one before the tail.
     pub last: Seq,
+    /// The group of that record.
+    pub last_group: Option<LastGroup>,
+}
+
+/// The group that was written last, of which alone it is not certain that all of it became durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastGroup {
+    /// Its first record.
+    pub first: Seq,
+    /// The opening of the replica in which it was written.
+    pub generation: u64,
 }
 
 /// Why a journal cannot be used.
@@ -59,6 +69,8 @@ pub struct ScanStart {
     pub durable_at_least: Seq,
     /// The replica was closed in good order: all of its records are checkpointed, so none behind can be missed.
     pub closed_in_good_order: bool,
+    /// Where the log was cut off.
+    pub cut: Cut,
 }
 
 impl ScanStart {
@@ -74,15 +86,16 @@ impl ScanStart {
             tail: superblock.tail,
             durable_at_least: known.into_iter().fold(Seq(0), Seq::max),
             closed_in_good_order: superblock.clean,
+            cut: superblock.cut,
         }
     }
 }
 
-/// Reads all records from the tail on and hands each to `on_record`, in order.
+/// Reads all records from the tail on and hands each to `on_entry`, in order.
 pub fn scan(
     file: &dyn RawFile,
     start: ScanStart,
-    on_record: &mut dyn FnMut(Record) -> io::Result<()>,
+    on_entry: &mut dyn FnMut(Entry) -> io::Result<()>,
 ) -> Result<Recovered, RecoverError> {
     let mut window = Window { salt: start.salt, file, capacity: start.capacity, offset: 0, bytes: Bytes::new() };
     let mut segments: VecDeque<Segment> = VecDeque::new();
@@ -91,14 +104,17 @@ pub fn scan(
     let mut epoch = Epoch(0);
     let mut at = start.tail.offset;
     let mut scanned_bytes = 0;
+    let mut last_group = None;
     while scanned_bytes <= start.capacity {
-        let Some((offset, entry, record)) = next_record(&mut window, at, next, generation, epoch)? else { break };
-        (generation, epoch) = (entry.generation, record.header.epoch);
-        scanned_bytes += entry.entry_bytes();
-        at = offset + entry.entry_bytes();
+        let after = After { seq: next, generation, epoch, cut: start.cut };
+        let Some((offset, header, entry)) = next_record(&mut window, at, after)? else { break };
+        (generation, epoch) = (header.generation, header.record.epoch);
+        scanned_bytes += header.entry_bytes();
+        at = offset + header.entry_bytes();
+        last_group = Some(LastGroup { first: header.group_first, generation });
         let group_end = at.next_multiple_of(BLOCK_BYTES);
         match segments.back_mut() {
-            Some(group) if entry.group_first == group.first && offset < group.offset + group.bytes + BLOCK_BYTES => {
+            Some(group) if header.group_first == group.first && offset < group.offset + group.bytes + BLOCK_BYTES => {
                 group.bytes = group_end - group.offset;
                 group.last = next;
             }
@@ -106,7 +122,7 @@ pub fn scan(
                 segments.push_back(Segment { offset, bytes: group_end - offset, first: next, last: next });
             }
         }
-        on_record(record).map_err(|cause| RecoverError::Apply { at: next, cause })?;
+        on_entry(entry).map_err(|cause| RecoverError::Apply { at: next, cause })?;
         next = next.next();
     }
     let last = Seq(next.0 - 1);
@@ -119,17 +135,31 @@ pub fn scan(
         return Err(RecoverError::Damaged { at: next, until });
     }
     let write_offset = at.next_multiple_of(BLOCK_BYTES);
-    Ok(Recovered { ring: Ring::new(start.capacity, segments, write_offset), last })
+    Ok(Recovered { ring: Ring::new(start.capacity, segments, write_offset), last, last_group })
 }
 
-/// The record `next`, packed at `at`, at the next block, or at the start of the ring.
-fn next_record(
-    window: &mut Window<'_>,
-    at: u64,
-    next: Seq,
+/// What the next record is known by.
+#[derive(Clone, Copy)]
+struct After {
+    seq: Seq,
+    /// It has no lower one.
     generation: u64,
+    /// Likewise.
     epoch: Epoch,
-) -> io::Result<Option<(u64, EntryHeader, Record)>> {
+    cut: Cut,
+}
+
+impl After {
+    fn counts(&self, header: &EntryHeader) -> bool {
+        header.record.seq == self.seq
+            && header.generation >= self.generation
+            && header.record.epoch >= self.epoch
+            && !self.cut.is_behind(self.seq, header.generation)
+    }
+}
+
+/// The next record, packed at `at`, at the next block, or at the start of the ring.
+fn next_record(window: &mut Window<'_>, at: u64, after: After) -> io::Result<Option<(u64, EntryHeader, Entry)>> {
     let block = at.next_multiple_of(BLOCK_BYTES);
     let mut candidates = vec![at];
     if block != at {
@@ -140,15 +170,11 @@ fn next_record(
     }
     for offset in candidates {
         let Some(bytes) = window.get(offset, ENTRY_HEADER_BYTES as u64)? else { continue };
-        let Some(entry) = EntryHeader::decode(window.salt, &bytes) else { continue };
-        let header = entry.record;
-        if header.seq != next || entry.generation < generation || header.epoch < epoch {
-            continue;
-        }
-        let payload_at = offset + ENTRY_HEADER_BYTES as u64;
-        let Some(payload) = window.get(payload_at, header.payload_length.into())? else { continue };
-        if crc32(&payload) == header.payload_crc {
-            return Ok(Some((offset, entry, Record { header, payload })));
+        let header = EntryHeader::decode(window.salt, &bytes).filter(|header| after.counts(header));
+        let Some(header) = header else { continue };
+        let Some(body) = window.get(offset + ENTRY_HEADER_BYTES as u64, header.body_bytes())? else { continue };
+        if let Some(entry) = header.with_body(body) {
+            return Ok(Some((offset, header, entry)));
         }
     }
     Ok(None)
@@ -204,6 +230,7 @@ mod tests {
     use super::*;
     use crate::disk::file::{Caching, SystemFile};
     use crate::journal::group::{encode, tests::SALT, tests::write};
+    use protocol::Record;
 
     const CAPACITY: u64 = 256 * 1024;
 
@@ -211,6 +238,7 @@ mod tests {
         _dir: tempfile::TempDir,
         file: SystemFile,
         ring: Ring,
+        cut: Cut,
     }
 
     impl Journal {
@@ -220,7 +248,7 @@ mod tests {
             let path = dir.path().join("journal");
             std::fs::File::create(&path).unwrap().set_len(HEADER_BYTES + CAPACITY).unwrap();
             let file = SystemFile::open(&path, Caching::Buffered).unwrap();
-            Journal { _dir: dir, file, ring: Ring::new(CAPACITY, VecDeque::new(), 0) }
+            Journal { _dir: dir, file, ring: Ring::new(CAPACITY, VecDeque::new(), 0), cut: Cut::default() }
         }
 
         /// Writes a group and returns its offset.
@@ -246,10 +274,11 @@ mod tests {
                 tail,
                 durable_at_least: Seq(0),
                 closed_in_good_order: false,
+                cut: self.cut,
             };
             let mut found = Vec::new();
             let recovered = scan(&self.file, start, &mut |r| {
-                found.push(r.seq().0);
+                found.push(r.record.seq().0);
                 Ok(())
             })?;
             Ok((found, recovered))
@@ -304,6 +333,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_cut_off_is_not_found_again_whatever_comes_in_its_place() {
+        let mut j = Journal::new();
+        j.append(1, &[write(1, 100)]);
+        j.append(1, &[write(2, 100), write(3, 100), write(4, 100)]);
+        let (found, recovered) = j.scan_from(0, 1).unwrap();
+        assert_eq!((found, recovered.last_group), (vec![1, 2, 3, 4], Some(LastGroup { first: Seq(2), generation: 1 })));
+        j.cut = Cut { after: Seq(1), generation: 1 };
+        let (found, recovered) = j.scan_from(0, 1).unwrap();
+        assert_eq!((found, recovered.last), (vec![1], Seq(1)));
+        // One record comes in its place; what was packed behind the first of those that were cut off is still there.
+        j.ring = recovered.ring;
+        j.append(2, &[write(2, 100)]);
+        let (found, recovered) = j.scan_from(0, 1).unwrap();
+        assert_eq!((found, recovered.last), (vec![1, 2], Seq(2)));
+    }
+
+    #[test]
     fn damage_before_a_later_group_is_an_error_and_not_the_end() {
         let mut j = Journal::new();
         j.append(1, &[write(1, 100)]);
@@ -321,8 +367,14 @@ mod tests {
         let group = j.append(1, &[write(1, 100)]);
         j.flip(group);
         let tail = JournalTail { offset: 0, seq: Seq(1), generation: 1 };
-        let start =
-            ScanStart { salt: SALT, capacity: CAPACITY, tail, durable_at_least: Seq(1), closed_in_good_order: true };
+        let start = ScanStart {
+            salt: SALT,
+            capacity: CAPACITY,
+            tail,
+            durable_at_least: Seq(1),
+            closed_in_good_order: true,
+            cut: Cut::default(),
+        };
         assert!(matches!(scan(&j.file, start, &mut |_| Ok(())), Err(RecoverError::Damaged { .. })));
     }
 

@@ -26,6 +26,8 @@ pub struct Ring {
     capacity: u64,
     /// Where the next group goes if it fits.
     write_offset: u64,
+    /// The same before the last group was given room.
+    write_offset_before: u64,
     segments: VecDeque<Segment>,
 }
 
@@ -33,7 +35,7 @@ impl Ring {
     /// A ring of `capacity` bytes that holds these segments and goes on at `write_offset`.
     #[must_use]
     pub fn new(capacity: u64, segments: VecDeque<Segment>, write_offset: u64) -> Ring {
-        Ring { capacity, write_offset, segments }
+        Ring { capacity, write_offset, write_offset_before: write_offset, segments }
     }
 
     fn start_of_used(&self) -> Option<u64> {
@@ -61,8 +63,19 @@ impl Ring {
     pub fn take(&mut self, bytes: u64, first: Seq, last: Seq) -> Option<u64> {
         let offset = self.place(bytes)?;
         self.segments.push_back(Segment { offset, bytes, first, last });
+        self.write_offset_before = self.write_offset;
         self.write_offset = offset + bytes;
         Some(offset)
+    }
+
+    /// Takes back the room that was given last: nothing was written there.
+    ///
+    /// # Panics
+    /// If that group does not begin with `first`.
+    pub fn take_back(&mut self, first: Seq) {
+        let last = self.segments.pop_back();
+        assert!(last.is_some_and(|segment| segment.first == first), "the last group is the one that was given room last");
+        self.write_offset = self.write_offset_before;
     }
 
     /// The tail if everything up to `seq` is given up: offset and place of the oldest record kept.

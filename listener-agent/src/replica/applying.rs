@@ -84,8 +84,9 @@ impl Replica {
         }
         let changes = match self.due()? {
             Due::Records => {
-                let records = self.records_due();
+                let mut records = self.records_due();
                 self.applying = Some(Applying::Records(records.last()?.header.position()));
+                records.retain(|record| !self.in_place.is_done(record.seq()));
                 Changes::Records(records)
             }
             Due::Copies => {
@@ -164,11 +165,16 @@ impl Replica {
     }
 
     fn on_records_applied(&mut self, last: Position) {
+        let mut bytes = 0;
         while self.pending.front().is_some_and(|r| r.seq() <= last.seq) {
             let record = self.pending.pop_front().expect("just seen");
             self.pending_bytes -= u64::from(record.header.payload_length);
-            self.unapplied_bytes -= u64::from(record.header.payload_length);
+            if !self.in_place.is_done(record.seq()) {
+                bytes += u64::from(record.header.payload_length);
+            }
         }
+        self.unapplied_bytes -= bytes;
+        self.in_place.applied(last.seq, bytes);
         self.applied = last;
     }
 

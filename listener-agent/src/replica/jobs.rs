@@ -1,7 +1,7 @@
 //! Work that a replica hands out; whoever does it reports how it ended ([`crate::carry_out`] does it to real files).
 //! Decides nothing.
 
-use protocol::message::Copy;
+use protocol::message::{Copy, FetchKind};
 use protocol::ranges::ByteRange;
 use protocol::{Record, Seq};
 
@@ -23,6 +23,26 @@ pub struct GroupJob {
     pub generation: u64,
     /// The records.
     pub records: Vec<Record>,
+    /// Which of them are intents: their bytes go to the image instead, after the group and before it counts as durable.
+    pub intents: Vec<Seq>,
+}
+
+impl GroupJob {
+    /// The records that are intents.
+    pub fn in_place(&self) -> impl Iterator<Item = &Record> {
+        self.records.iter().filter(|record| self.intents.contains(&record.seq()))
+    }
+}
+
+/// How the writing of a group ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupOutcome {
+    /// All of it is durable.
+    Durable,
+    /// The image has no room for what was to be written in place; nothing was written.
+    NotBegun,
+    /// It failed, and nobody knows what is durable.
+    Failed,
 }
 
 /// Changes to make to the image, in order.
@@ -99,10 +119,30 @@ pub struct FetchJob {
     pub(super) session: SessionId,
     pub(super) from: Seq,
     pub(super) to: Seq,
+    /// What is wanted.
+    pub what: FetchKind,
     /// What the checksums of the records start from.
     pub salt: Salt,
     /// Where they are.
     pub segments: Vec<Segment>,
+}
+
+/// What was found of a record in the journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// The record. What an intent wrote is as later records left it.
+    Record(Record),
+    /// Its place, and the range that it changed.
+    Range(Seq, ByteRange),
+}
+
+impl Found {
+    pub(super) fn seq(&self) -> Seq {
+        match self {
+            Found::Record(record) => record.seq(),
+            Found::Range(seq, _) => *seq,
+        }
+    }
 }
 
 /// Room to make for a volume that is to grow.

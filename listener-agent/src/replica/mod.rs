@@ -5,11 +5,15 @@
 //! of each sort at a time - write a group, apply a batch, write a superblock - and any number of reads, and is told how
 //! each ended. Threads around it ([`crate::host`]) or a simulation do the work.
 //!
+//! A large write may be journaled as an *intent* (`in_place`): its bytes go from memory to the image at once, as a part of
+//! writing the group, and when it is durable there is nothing left to apply.
+//!
 //! Copies for a syncing replica (`copies`) have their places between records; they are not journaled, and durable by a
 //! checkpoint alone. `resync` is how it comes to be syncing and how it ends; `metadata` writes superblocks.
 //!
 //! **Invariants**
-//! * Nothing is applied before it is durable, nothing is acknowledged before it is durable.
+//! * Nothing is applied before it is durable, nothing is acknowledged before it is durable. What an intent writes is written
+//!   when the intent is durable, and acknowledged when what it wrote is.
 //! * From a promise on (in memory, before it is durable), nothing of an older session is journaled that was not already
 //!   being written; the promise is answered with the position that is durable then. So the position told to a new engine
 //!   can no longer change behind its back.
@@ -24,6 +28,7 @@
 mod applying;
 mod copies;
 pub mod dirty;
+mod in_place;
 mod jobs;
 mod lease;
 mod metadata;
@@ -36,21 +41,26 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use protocol::cursor::Malformed;
-use protocol::message::{Condition, EngineId, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome};
+use protocol::message::{
+    Condition, EngineId, FetchKind, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome,
+};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
 use protocol::record::{DirtyChange, Resize, ViewChange};
 use protocol::{BLOCK_BYTES, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
 use crate::image::is_size_allowed;
-use crate::journal::group::{ENTRY_HEADER_BYTES, Salt, group_bytes};
+use crate::journal::group::{Salt, entry_bytes, group_bytes};
 use crate::journal::ring::Ring;
 use crate::journal::{group_bytes_max, record_payload_bytes_max};
 use crate::superblock::Superblock;
 use applying::Applying;
 use copies::CopyQueue;
 use dirty::DirtyMaps;
-pub use jobs::{ApplyJob, Changes, ExtendJob, FetchJob, GroupJob, Growth, JobError, MetadataJob};
+use in_place::InPlace;
+pub use jobs::{
+    ApplyJob, Changes, ExtendJob, FetchJob, Found, GroupJob, GroupOutcome, Growth, JobError, MetadataJob,
+};
 use lease::Leases;
 pub use reads::ReadJob;
 use reads::{Place, ReadQueue};
@@ -120,6 +130,7 @@ pub struct Replica {
     unapplied_bytes: u64,
     /// The last record of the group being written.
     writing: Option<Position>,
+    in_place: InPlace,
     applying: Option<Applying>,
     /// An attempt to apply got stuck: blocks of the first records may not match their checksums.
     apply_in_doubt: bool,
@@ -138,6 +149,8 @@ pub struct Replica {
     checkpoint_due: bool,
     checkpoint_retry_at: Time,
     last_checkpoint_at: Time,
+    /// Bytes that the checkpoint being taken makes durable, of those that writes in place would wait for.
+    unsynced_at_checkpoint: u64,
     closing: bool,
     closed: bool,
     last_group_offset: u64,
@@ -176,6 +189,7 @@ impl Replica {
             pending_bytes: 0,
             unapplied_bytes: 0,
             writing: None,
+            in_place: InPlace::default(),
             applying: None,
             apply_in_doubt: false,
             no_space_to_apply: false,
@@ -192,6 +206,7 @@ impl Replica {
             checkpoint_due: false,
             checkpoint_retry_at: Time::ZERO,
             last_checkpoint_at: now,
+            unsynced_at_checkpoint: 0,
             closing: false,
             closed: false,
             last_group_offset: 0,
@@ -347,12 +362,13 @@ impl Replica {
             ToAgent::Read { id, what, offset, length } => {
                 self.on_read(session, id, what, ByteRange { offset, length });
             }
-            ToAgent::Fetch { from, to } => {
+            ToAgent::Fetch { from, to, what } => {
                 let segments = self.ring.segments_of(from, to.min(self.durable.seq), FETCH_BYTES_MAX);
                 self.fetches.push_back(FetchJob {
                     session,
                     from,
                     to: to.min(self.durable.seq),
+                    what,
                     salt: self.salt(),
                     segments,
                 });
@@ -400,6 +416,7 @@ impl Replica {
     /// Drops what was received but is not yet being made durable.
     fn forget_unwritten(&mut self) {
         let kept = self.writing.unwrap_or(self.durable);
+        self.in_place.forget_if_not_begun = self.writing.is_some();
         while self.pending.back().is_some_and(|r| r.seq() > kept.seq) {
             let dropped = self.pending.pop_back().expect("just seen");
             self.pending_bytes -= u64::from(dropped.header.payload_length);
@@ -426,6 +443,7 @@ impl Replica {
             stable: self.superblock.stable,
             tracked: self.tracked(),
             lease_remaining_ms: self.leases.remaining_ms(now),
+            unsettled: self.superblock.unsettled.clone(),
         };
         self.outbox.push_back((promise.session, ToEngine::Promised(promised)));
         if self.condition != Condition::Healthy {
@@ -488,37 +506,50 @@ impl Replica {
         if !self.has_group() {
             return None;
         }
-        let bytes_max = group_bytes_max(self.superblock.identity.journal_bytes);
-        let skip = self.durable.seq.ahead_of(self.applied.seq) as usize;
-        let mut bytes = 0;
-        let mut records: Vec<Record> = self
-            .pending
-            .iter()
-            .skip(skip)
-            .take_while(|r| {
-                bytes += (ENTRY_HEADER_BYTES + r.payload.len()) as u64;
-                bytes <= bytes_max
-            })
-            .cloned()
-            .collect();
+        let (mut records, mut intents) = self.compose_group();
         let first = records.first()?.seq();
-        let Some((offset, last)) = self.take_room(&mut records, first) else {
+        let Some((offset, last)) = self.take_room(&mut records, &intents, first) else {
             self.checkpoint_due = true;
             return None;
         };
+        intents.retain(|seq| *seq <= last.seq);
+        self.in_place.begin(intents.clone());
         if offset < self.last_group_offset {
             self.counters.wraps += 1;
         }
         self.last_group_offset = offset;
         self.writing = Some(last);
-        Some(GroupJob { offset, salt: self.salt(), generation: self.superblock.generation, records })
+        Some(GroupJob { offset, salt: self.salt(), generation: self.superblock.generation, records, intents })
+    }
+
+    /// The records of the next group, and which of them are intents.
+    fn compose_group(&self) -> (Vec<Record>, Vec<Seq>) {
+        let bytes_max = group_bytes_max(self.superblock.identity.journal_bytes);
+        let skip = self.durable.seq.ahead_of(self.applied.seq) as usize;
+        let mut bytes = 0;
+        let mut intents: Vec<&Record> = Vec::new();
+        let mut records = Vec::new();
+        for (index, record) in self.pending.iter().enumerate().skip(skip) {
+            // What comes after an intent and touches it must not be in its group: only the blocks of an intent tell whether
+            // its group counts.
+            let range = record.header.range();
+            let touches = range.length > 0 && intents.iter().any(|intent| intent.header.range().shares_block(range));
+            let is_intent = self.can_be_intent(index, record);
+            bytes += entry_bytes(record, is_intent);
+            if touches || bytes > bytes_max || (is_intent && !in_place::has_room_for_another(&intents, record)) {
+                break;
+            }
+            intents.extend(is_intent.then_some(record));
+            records.push(record.clone());
+        }
+        (records, intents.into_iter().map(Record::seq).collect())
     }
 
     /// Takes room for as many of the records as there is room for.
-    fn take_room(&mut self, records: &mut Vec<Record>, first: Seq) -> Option<(u64, Position)> {
+    fn take_room(&mut self, records: &mut Vec<Record>, intents: &[Seq], first: Seq) -> Option<(u64, Position)> {
         loop {
             let last = records.last()?.header.position();
-            if let Some(offset) = self.ring.take(group_bytes(records.iter()), first, last.seq) {
+            if let Some(offset) = self.ring.take(group_bytes(records.iter(), intents), first, last.seq) {
                 return Some((offset, last));
             }
             records.pop();
@@ -526,15 +557,19 @@ impl Replica {
     }
 
     /// The group was written, or was not.
-    pub fn group_done(&mut self, written: bool) {
+    pub fn group_done(&mut self, outcome: GroupOutcome) {
         let last = self.writing.take().expect("a group was being written");
-        if !written {
-            return self.poison();
+        match outcome {
+            GroupOutcome::Durable => self.in_place.written(),
+            GroupOutcome::NotBegun => return self.group_not_begun(),
+            GroupOutcome::Failed => return self.poison(),
         }
         let first = self.durable.seq.ahead_of(self.applied.seq) as usize;
         let count = last.seq.ahead_of(self.durable.seq) as usize;
         for record in self.pending.iter().skip(first).take(count) {
-            self.unapplied_bytes += u64::from(record.header.payload_length);
+            if !self.in_place.is_done(record.seq()) {
+                self.unapplied_bytes += u64::from(record.header.payload_length);
+            }
             note_durable(&mut self.superblock, &mut self.dirty, record)
                 .expect("records are checked before they are journaled");
         }
@@ -625,25 +660,30 @@ impl Replica {
 
     /// The next journal read for another member; [`Replica::fetch_done`] must follow.
     pub fn next_fetch(&mut self) -> Option<FetchJob> {
-        self.fetches.pop_front()
+        if self.has_fetch() { self.fetches.pop_front() } else { None }
     }
 
-    /// Whether [`Replica::next_fetch`] has a job.
+    /// Whether [`Replica::next_fetch`] has a job. What intents wrote is read from the image, with everything applied.
     #[must_use]
     pub fn has_fetch(&self) -> bool {
-        !self.fetches.is_empty()
+        let is_at_rest = self.applied == self.durable && self.writing.is_none();
+        self.fetches.front().is_some_and(|job| job.what == FetchKind::Ranges || is_at_rest)
     }
 
-    /// The records of the job's segments, as far as they could be read.
-    pub fn fetch_done(&mut self, job: &FetchJob, records: Vec<Record>) {
+    /// What was found in the job's segments, as far as they could be read.
+    pub fn fetch_done(&mut self, job: &FetchJob, found: Vec<Found>) {
         if self.current != Some(job.session) {
             return;
         }
         let mut next = job.from;
-        for record in records {
-            if record.seq() == next && next <= job.to {
+        for found in found {
+            if found.seq() == next && next <= job.to {
                 next = next.next();
-                self.outbox.push_back((job.session, ToEngine::Fetched(record)));
+                let message = match found {
+                    Found::Record(record) => ToEngine::Fetched(record),
+                    Found::Range(seq, range) => ToEngine::Changed { seq, range },
+                };
+                self.outbox.push_back((job.session, message));
             }
         }
         self.outbox.push_back((job.session, ToEngine::FetchEnd { next }));
@@ -676,6 +716,9 @@ pub fn note_durable(superblock: &mut Superblock, dirty: &mut DirtyMaps, record: 
     // Not a record twice: the bitmaps would forget marks.
     if position.seq > superblock.tracked_seq {
         dirty.note(record, superblock.generation)?;
+    }
+    if !superblock.unsettled.is_empty() && position.seq > superblock.cut.after {
+        in_place::settle(&mut superblock.unsettled, record.header.range());
     }
     match record.header.kind {
         RecordKind::EpochStart => superblock.acks = Some(AckPolicies::decode(&record.payload)?),

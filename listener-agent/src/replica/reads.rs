@@ -150,6 +150,13 @@ impl ReadQueue {
             || (self.barriers_waiting > 0 && self.barrier_before(range, place))
     }
 
+    /// Whether any read that was asked for before a change of `range` at `place` looks at a block of it, at work or not.
+    pub(super) fn precede(&self, range: ByteRange, place: Place) -> bool {
+        let begun = self.active.iter().chain(&self.at_once).chain(&self.ready).chain(&self.uncached);
+        let waiting = self.waiting.range(..place).flat_map(|(_, jobs)| jobs);
+        begun.chain(waiting).any(|job| job.looks() && job.range.shares_block(range))
+    }
+
     fn barrier_before(&self, range: ByteRange, place: Place) -> bool {
         let mut before = self.waiting.range(..place).flat_map(|(_, jobs)| jobs);
         before.any(|j| j.is_barrier() && j.range.shares_block(range))
@@ -227,6 +234,19 @@ mod tests {
         assert_eq!(reads.start_at_once(4096).unwrap().id, 3);
         reads.not_cached(data(3, 2..3), false);
         assert_eq!((reads.len(), reads.has_ready()), (0, false), "whoever asked is gone");
+    }
+
+    #[test]
+    fn reads_that_wait_for_earlier_records_precede_a_change_and_those_behind_it_do_not() {
+        let mut reads = ReadQueue::default();
+        let place = |seq| Place { seq: Seq(seq), copy: 0 };
+        let job = data(1, 0..2);
+        reads.wait_for(place(3), job);
+        assert!(reads.precede(job.range, place(4)) && !reads.blocks(job.range, place(4)));
+        assert!(!reads.precede(job.range, place(3)), "it waits for this very change");
+        assert!(!reads.precede(data(2, 2..3).range, place(4)));
+        reads.on_applied(place(3));
+        assert!(reads.precede(job.range, place(3)), "it may begin at any moment");
     }
 
     #[test]

@@ -118,6 +118,8 @@ impl Replica {
 
     pub(super) fn synced_job(&self, mut superblock: Superblock) -> MetadataJob {
         superblock.syncing = false;
+        // All of it was copied.
+        superblock.unsettled.clear();
         MetadataJob { purpose: Purpose::Synced, grow: None, sync_image: false, dirty_pages: Vec::new(), superblock }
     }
 

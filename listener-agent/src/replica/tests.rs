@@ -7,7 +7,7 @@ use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
 use super::*;
 use crate::image::Trust;
 use crate::journal::{self, FILE_BYTES_MIN};
-use crate::superblock::{Identity, JournalTail};
+use crate::superblock::{Cut, Identity, JournalTail};
 
 pub(super) const BLOCK: u64 = 4096;
 pub(super) const A: EngineId = [1; 16];
@@ -40,6 +40,8 @@ pub(super) fn replica() -> Replica {
         stable: Seq(0),
         tracked: Vec::new(),
         tracked_seq: Seq(0),
+        cut: Cut::default(),
+        unsettled: Vec::new(),
     };
     let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
     let dirty = DirtyMaps::of(&superblock);
@@ -72,7 +74,7 @@ pub(super) fn append(r: &mut Replica, seq: u64, offset: u64) {
 
 pub(super) fn write_group(r: &mut Replica) {
     r.next_group().expect("there is a group to write");
-    r.group_done(true);
+    r.group_done(GroupOutcome::Durable);
 }
 
 pub(super) fn apply(r: &mut Replica) {
@@ -112,7 +114,7 @@ fn a_promise_fences_the_older_session_and_fixes_the_position() {
     assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Fenced { promised: Epoch(2) }));
     append(&mut r, 3, 0);
     assert!(!r.has_metadata(NOW), "the group at work belongs to the position that is told");
-    r.group_done(true);
+    r.group_done(GroupOutcome::Durable);
     assert_eq!(group.records.len(), 1);
     assert!(r.next_group().is_none(), "what was only received is forgotten");
     assert_eq!(write_superblock(&mut r).promised, Epoch(2));
@@ -170,7 +172,7 @@ fn nothing_is_acknowledged_or_applied_before_it_is_durable() {
     assert!(r.next_apply(NOW).is_none());
     r.next_group().unwrap();
     assert!(r.next_apply(NOW).is_none() && said(&mut r).is_empty());
-    r.group_done(true);
+    r.group_done(GroupOutcome::Durable);
     assert_eq!(said(&mut r), [(1, ToEngine::Durable { seq: Seq(1) })]);
     assert!(r.next_apply(NOW).is_some());
 }
@@ -337,7 +339,7 @@ fn a_full_journal_goes_on_once_records_are_stable_and_a_checkpoint_gave_them_up(
         if r.next_group().is_none() {
             break;
         }
-        r.group_done(true);
+        r.group_done(GroupOutcome::Durable);
         apply(&mut r);
     }
     let durable = r.durable();
@@ -355,12 +357,12 @@ fn a_full_journal_goes_on_once_records_are_stable_and_a_checkpoint_gave_them_up(
 fn a_group_is_made_smaller_where_room_is_short() {
     let mut r = promised();
     for seq in 1..=9 {
-        r.handle(NOW, 1, write_at(1, seq, 0, 2 * BLOCK));
+        r.handle(NOW, 1, write_at(1, seq, 1, 2 * BLOCK));
         write_group(&mut r);
     }
     assert_eq!(r.ring.capacity() - r.ring.used_bytes(), 4 * BLOCK);
     for seq in 10..=11 {
-        r.handle(NOW, 1, write_at(1, seq, 0, 2 * BLOCK));
+        r.handle(NOW, 1, write_at(1, seq, 1, 2 * BLOCK));
     }
     assert_eq!(r.next_group().unwrap().records.len(), 1, "both together take five blocks");
 }
@@ -373,7 +375,7 @@ fn a_failed_durable_write_poisons_for_good() {
     let job = r.next_apply(NOW).unwrap();
     append(&mut r, 2, BLOCK);
     r.next_group().unwrap();
-    r.group_done(false);
+    r.group_done(GroupOutcome::Failed);
     assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Unusable));
     assert_eq!(job.changes.ranges().len(), 1);
     r.apply_done(NOW, Ok(()));
@@ -405,7 +407,7 @@ fn a_close_applies_what_is_durable_and_marks_the_replica_clean() {
     append(&mut r, 2, BLOCK);
     r.close();
     assert_eq!(refusal(&said(&mut r), 1), Some(RefusedReason::Unusable));
-    r.group_done(true);
+    r.group_done(GroupOutcome::Durable);
     assert!(r.next_group().is_none(), "what was only received is forgotten");
     assert!(r.next_metadata(NOW).is_none(), "something is not applied yet");
     apply(&mut r);

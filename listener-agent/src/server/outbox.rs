@@ -37,6 +37,7 @@ fn bulk_bytes(message: &ToEngine) -> usize {
         | ToEngine::Promised(_)
         | ToEngine::Durable { .. }
         | ToEngine::Pong { .. }
+        | ToEngine::Changed { .. }
         | ToEngine::FetchEnd { .. }
         | ToEngine::Condition(_)
         | ToEngine::Begun

@@ -24,6 +24,7 @@ use crate::replica::tests::{
     write_superblock,
 };
 use crate::replica::{Changes, JobError, MetadataJob, NO_SPACE_RETRY, RefusedReason, Time};
+use crate::replica::GroupOutcome;
 use crate::superblock::Identity;
 
 const SIZE: u64 = 1 << 20;
@@ -90,7 +91,7 @@ fn beginning_anew_waits_for_what_is_at_work_and_forgets_what_was_only_received()
     append(&mut r, 2, 0);
     say(&mut r, ToAgent::Begin(begin(9)));
     assert!(!r.has_metadata(NOW), "a group is being written");
-    r.group_done(true);
+    r.group_done(GroupOutcome::Durable);
     assert!(r.next_group().is_none());
     let job = r.next_apply(NOW).unwrap();
     assert_eq!(job.changes.ranges().len(), 1);
@@ -436,7 +437,7 @@ impl OnDisk {
         let Some(job) = self.replica.next_group() else { return false };
         let bytes = group::encode(job.salt, job.generation, &job.records).unwrap();
         self.files.journal.write_durable_at(HEADER_BYTES + job.offset, bytes.as_slice()).unwrap();
-        self.replica.group_done(true);
+        self.replica.group_done(GroupOutcome::Durable);
         true
     }
 
