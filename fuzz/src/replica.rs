@@ -1,13 +1,12 @@
 //! A replica whose engines say anything, in any order, while its disk works and time passes: it never panics.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
 use listener_agent::directory::{self, NewReplica};
 use listener_agent::journal::{self, FILE_BYTES_MIN, ring::Ring};
 use listener_agent::replica::dirty::DirtyMaps;
-use listener_agent::replica::{JobError, Replica};
+use listener_agent::replica::{GroupOutcome, JobError, Replica};
 use listener_agent::superblock::{Identity, Superblock};
 use protocol::message::ReadOutcome;
 use protocol::ranges::ByteRange;
@@ -33,7 +32,7 @@ fn new_replica(syncing: bool) -> Replica {
     let new = directory::first_superblock(&NewReplica { identity, view, image: None, syncing });
     // Opened, but never promised to anybody.
     let superblock = Superblock { write_count: 2, generation: 1, clean: false, ..new };
-    let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
+    let ring = Ring::empty(journal::capacity_bytes(FILE_BYTES_MIN));
     let dirty = DirtyMaps::of(&superblock);
     Replica::new(superblock, ring, Position::default(), dirty, Duration::ZERO, false)
 }

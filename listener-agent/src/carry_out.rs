@@ -62,7 +62,9 @@ pub fn fetch(files: &ReplicaFiles, image: &Image, job: &FetchJob) -> io::Result<
                     // The bytes are those of the block now, whatever changed them; the member gets what did that, too.
                     let Ok(Verified { data, crc }) = image.read_verified(header.range())? else { return Ok(found) };
                     let (position, range) = (header.position(), header.range());
-                    Found::Record(Record::carrying(position, header.kind, range, data, crc))
+                    let mut record = Record::carrying(position, header.kind, range, data, crc);
+                    record.header.amended = job.overwritten.contains(&header.seq);
+                    Found::Record(record)
                 }
             });
         }

@@ -26,7 +26,7 @@ use crate::journal::ring::Ring;
 use crate::journal::{self, HeaderError};
 use crate::recovery::{changed_since_checkpoint, recover};
 use crate::replica::dirty::DirtyMaps;
-use crate::superblock::{self, Cut, Identity, JournalTail, Superblock, SuperblockError};
+use crate::superblock::{self, Identity, JournalTail, Superblock, SuperblockError};
 
 /// Names of the files.
 pub const SUPERBLOCK: &str = "superblock";
@@ -327,8 +327,8 @@ pub fn first_superblock(new: &NewReplica) -> Superblock {
         stable: Seq(0),
         tracked: Vec::new(),
         tracked_seq: Seq(0),
-        cut: Cut::default(),
         unsettled: Vec::new(),
+        unsettled_seq: Seq(0),
     }
 }
 

@@ -165,7 +165,8 @@ impl Image {
     pub fn holds(&self, offset: u64, stored: &[u32]) -> Option<Bytes> {
         let mut bytes = vec![0; stored.len() * BLOCK];
         self.image.read_at(offset, &mut bytes).ok()?;
-        let is_held = bytes.chunks_exact(BLOCK).zip(stored).all(|(block, stored)| stored_block_checksum(block) == *stored);
+        let is_held =
+            bytes.chunks_exact(BLOCK).zip(stored).all(|(block, stored)| stored_block_checksum(block) == *stored);
         is_held.then(|| bytes.into())
     }
 

@@ -9,14 +9,15 @@
 //!    nobody was told of any record of the group, and the log is *cut off* before it. What its intents may have written is
 //!    *unsettled*: each block is as it was or as it would have been.
 //! 2. *What must not be replayed.* A record before an intent would take the intent's bytes back where the two touch, and
-//!    nothing could bring them again. Such blocks are left out of the record ([`Later`]).
+//!    nothing could bring them again. Such blocks are left out of the record ([`Intents::spared`]).
 //!
 //! **Invariants**
-//! * A log once cut off stays cut off: the superblock says where before anything else is done.
+//! * A log once cut off stays cut off: its last group is erased before anything else is done, and the superblock says
+//!   before that what it left unsettled. A crash in between has it judged again, when nobody was told anything yet.
 //! * Bytes are not called durable for having been read: what proves the last group is written again and made durable first,
 //!   as a system may keep in memory what it failed to write.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 
 use bytes::Bytes;
@@ -28,56 +29,13 @@ use crate::directory::OpenReplica;
 use crate::dirty_file;
 use crate::disk::ReplicaFiles;
 use crate::image::{Image, Trust};
-use crate::journal::group::Entry;
 use crate::journal::INTENTS_MAX;
-use crate::journal::recover::{LastGroup, RecoverError, ScanStart, scan};
+use crate::journal::group::Entry;
+use crate::journal::intents::Intents;
+use crate::journal::recover::{LastGroup, RecoverError, ScanStart, erase_group, scan};
 use crate::replica::note_durable;
-use crate::superblock::{Cut, Superblock, UNSETTLED_MAX};
-
-/// Which part of the volume was last written by which intent.
-#[derive(Debug, Default)]
-pub(crate) struct Later {
-    /// By the first byte: the byte after the last, and the intent. No two overlap.
-    parts: BTreeMap<u64, (u64, Seq)>,
-}
-
-impl Later {
-    /// Notes an intent; they come in order.
-    fn note(&mut self, range: ByteRange, seq: Seq) {
-        let overlapping = self.parts.range(..range.end()).rev().take_while(|(_, (end, _))| *end > range.offset);
-        let overlapping: Vec<(u64, u64, Seq)> = overlapping.map(|(start, (end, seq))| (*start, *end, *seq)).collect();
-        for (start, end, earlier) in overlapping {
-            self.parts.remove(&start);
-            if start < range.offset {
-                self.parts.insert(start, (range.offset, earlier));
-            }
-            if end > range.end() {
-                self.parts.insert(range.end(), (end, earlier));
-            }
-        }
-        self.parts.insert(range.offset, (range.end(), seq));
-    }
-
-    /// What of a range no intent after `seq` wrote, in ascending order.
-    fn spared(&self, range: ByteRange, seq: Seq) -> Vec<ByteRange> {
-        let overlapping = self.parts.range(..range.end()).rev().take_while(|(_, (end, _))| *end > range.offset);
-        let mut taken: Vec<(u64, u64)> =
-            overlapping.filter(|(_, (_, later))| *later > seq).map(|(start, (end, _))| (*start, *end)).collect();
-        taken.reverse();
-        let mut spared = Vec::new();
-        let mut from = range.offset;
-        for (start, end) in taken {
-            if from < start {
-                spared.push(ByteRange { offset: from, length: start - from });
-            }
-            from = from.max(end);
-        }
-        if from < range.end() {
-            spared.push(ByteRange { offset: from, length: range.end() - from });
-        }
-        spared
-    }
-}
+use crate::replica::unsettled::unsettle;
+use crate::superblock::Superblock;
 
 /// An intent of the last group.
 #[derive(Debug)]
@@ -91,9 +49,10 @@ struct LastIntent {
 pub(crate) struct Found {
     /// From where on the journal is to be read, and how far.
     pub(crate) start: ScanStart,
-    later: Later,
-    /// Where the log must be cut off, and the intents that were.
-    cut: Option<(Cut, Vec<LastIntent>)>,
+    /// All that count.
+    intents: Intents,
+    /// The group before which the log must be cut off, and its intents.
+    cut: Option<(LastGroup, Vec<LastIntent>)>,
     /// What proves that the last group counts, with its bytes.
     proof: Vec<(u64, Bytes)>,
 }
@@ -118,13 +77,13 @@ pub(crate) fn find(files: &ReplicaFiles, image: &Image, superblock: &Superblock)
         }
         Ok(())
     })?;
-    let mut found = Found { start, later: Later::default(), cut: None, proof: Vec::new() };
+    let mut found = Found { start, intents: Intents::default(), cut: None, proof: Vec::new() };
     if let Some(group) = recovered.last_group.filter(|group| start.durable_at_least < group.first) {
         last.retain(|intent| intent.header.seq >= group.first);
         found.judge(image, group, last.into());
     }
-    let end = found.cut.as_ref().map_or(recovered.last, |(cut, _)| cut.after);
-    intents.into_iter().filter(|(seq, _)| *seq <= end).for_each(|(seq, range)| found.later.note(range, seq));
+    let end = found.start.end;
+    intents.into_iter().filter(|(seq, _)| *seq <= end).for_each(|(seq, range)| found.intents.note(range, seq));
     Ok(found)
 }
 
@@ -135,9 +94,8 @@ impl Found {
         match bytes.collect::<Option<Vec<Bytes>>>() {
             Some(bytes) => self.proof = intents.iter().map(|intent| intent.header.offset).zip(bytes).collect(),
             None => {
-                let cut = Cut { after: Seq(group.first.0 - 1), generation: group.generation };
-                self.start.cut = cut;
-                self.cut = Some((cut, intents));
+                self.start.end = Seq(group.first.0 - 1);
+                self.cut = Some((group, intents));
             }
         }
     }
@@ -164,7 +122,7 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
             return Ok(());
         }
         if entry.record.header.kind != RecordKind::Resize {
-            return replay(&image, &found.later, &entry);
+            return replay(&image, &found.intents, &entry);
         }
         let to = Resize::decode(&entry.record.payload).map_err(io::Error::other)?.size_bytes;
         image.grow(image_bytes, to)?;
@@ -172,24 +130,29 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
         Ok(())
     })?;
     assert!(durable.seq == recovered.last, "the scan counts what it hands over");
-    if let Some((cut, intents)) = found.cut {
-        unsettle(&image, &mut superblock, cut, &intents)?;
+    if let Some((_, intents)) = &found.cut {
+        note_checksums(&image, intents)?;
+        unsettle(&mut superblock, intents.iter().map(|intent| intent.header.range()));
+        superblock.unsettled_seq = durable.seq;
     }
     superblock.generation += 1;
     superblock.write_count += 1;
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
+    if let Some((group, _)) = &found.cut {
+        erase_group(files.journal.as_ref(), group.offset)?;
+    }
     Ok(OpenReplica { files, image, superblock, ring: recovered.ring, durable, dirty })
 }
 
 /// Does to the image what a record did, but for what a later intent did.
-fn replay(image: &Image, later: &Later, entry: &Entry) -> io::Result<()> {
+fn replay(image: &Image, intents: &Intents, entry: &Entry) -> io::Result<()> {
     let Entry { record, intent } = entry;
     let header = &record.header;
     if let Some(stored) = intent {
         return image.put_checksums(header.offset, stored);
     }
-    let spared = later.spared(header.range(), header.seq);
+    let spared = intents.spared(header.range(), header.seq);
     if spared == [header.range()] || header.length == 0 {
         return image.apply(record, Trust::InDoubt);
     }
@@ -209,22 +172,13 @@ fn replay(image: &Image, later: &Later, entry: &Entry) -> io::Result<()> {
 
 /// The log ends before these intents. Blocks that hold what an intent wrote get its checksum, others keep theirs: one that
 /// the crash tore in its midst matches neither, and is bad.
-fn unsettle(image: &Image, superblock: &mut Superblock, cut: Cut, intents: &[LastIntent]) -> io::Result<()> {
+fn note_checksums(image: &Image, intents: &[LastIntent]) -> io::Result<()> {
     for intent in intents {
         image.put_checksums_where_they_match(intent.header.offset, &intent.stored)?;
     }
     // Nothing in the journal would bring these checksums again.
     image.write_back()?;
-    image.sync()?;
-    let ranges = intents.iter().map(|intent| intent.header.range()).chain(superblock.unsettled.iter().copied());
-    superblock.unsettled = merge_in_units(ranges, BLOCK_BYTES);
-    let mut unit = BLOCK_BYTES;
-    while superblock.unsettled.len() > UNSETTLED_MAX {
-        unit *= 2;
-        superblock.unsettled = merge_in_units(std::mem::take(&mut superblock.unsettled), unit);
-    }
-    superblock.cut = cut;
-    Ok(())
+    image.sync()
 }
 
 /// What records since the checkpoint changed, and what those that do not count may have: nothing there need match its
@@ -244,36 +198,4 @@ pub(crate) fn changed_since_checkpoint(
     })?;
     changed.extend(found.cut.iter().flat_map(|(_, intents)| intents).map(|intent| intent.header.range()));
     Ok(merge_in_units(changed, BLOCK_BYTES))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn range(offset: u64, length: u64) -> ByteRange {
-        ByteRange { offset, length }
-    }
-
-    #[test]
-    fn an_intent_spares_what_it_did_not_write_and_what_came_after_it() {
-        let mut later = Later::default();
-        later.note(range(4096, 8192), Seq(5));
-        assert_eq!(later.spared(range(0, 16384), Seq(4)), [range(0, 4096), range(12288, 4096)]);
-        assert_eq!(later.spared(range(5000, 100), Seq(4)), []);
-        assert_eq!(later.spared(range(4000, 200), Seq(4)), [range(4000, 96)]);
-        assert_eq!(later.spared(range(4000, 200), Seq(6)), [range(4000, 200)], "it came after the intent");
-    }
-
-    #[test]
-    fn of_intents_that_overlap_the_last_counts_block_by_block() {
-        let mut later = Later::default();
-        later.note(range(0, 16384), Seq(3));
-        later.note(range(4096, 4096), Seq(7));
-        later.note(range(12288, 8192), Seq(9));
-        let of = |seq| later.spared(range(0, 24576), Seq(seq));
-        assert_eq!(of(2), [range(20480, 4096)]);
-        assert_eq!(of(5), [range(0, 4096), range(8192, 4096), range(20480, 4096)]);
-        assert_eq!(of(8), [range(0, 12288), range(20480, 4096)]);
-        assert_eq!(of(9), [range(0, 24576)]);
-    }
 }

@@ -89,23 +89,6 @@ pub struct JournalTail {
     pub generation: u64,
 }
 
-/// Where a log was cut off: its last group named records whose bytes had not all reached the image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cut {
-    /// The last record before it.
-    pub after: Seq,
-    /// Later records of this generation, or of an earlier one, are what was cut off.
-    pub generation: u64,
-}
-
-impl Cut {
-    /// Whether a record in the journal was cut off.
-    #[must_use]
-    pub fn is_behind(self, seq: Seq, generation: u64) -> bool {
-        seq > self.after && generation <= self.generation
-    }
-}
-
 /// The superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
@@ -143,11 +126,11 @@ pub struct Superblock {
     pub tracked: Vec<TrackedHeader>,
     /// A durable record at or after the checkpoint. What is kept of replicas out of the view is exactly as of this one.
     pub tracked_seq: Seq,
-    /// Where the log was cut off last.
-    pub cut: Cut,
-    /// Whole blocks that hold what they did before the records that were cut off, or what these wrote, block by block, as
-    /// far as no later record changed them. Ascending, apart from each other.
+    /// Whole blocks of which some may be ahead of the log: each is as the log has it, or as a write left it that is not in
+    /// the log (yet). Ascending, apart from each other.
     pub unsettled: Vec<ByteRange>,
+    /// Records up to here change nothing of that any more.
+    pub unsettled_seq: Seq,
 }
 
 /// Why a superblock cannot be used.
@@ -194,9 +177,8 @@ impl Superblock {
         body.put_u64_le(self.stable.0);
         put_tracked(&mut body, &self.tracked);
         body.put_u64_le(self.tracked_seq.0);
-        body.put_u64_le(self.cut.after.0);
-        body.put_u64_le(self.cut.generation);
         cursor::put_ranges(&mut body, &self.unsettled);
+        body.put_u64_le(self.unsettled_seq.0);
 
         let mut prefix = Vec::with_capacity(PREFIX_BYTES);
         prefix.put_slice(MAGIC);
@@ -262,13 +244,13 @@ impl Superblock {
             stable: Seq(r.u64("stable")?),
             tracked: read_tracked(&mut r)?,
             tracked_seq: Seq(r.u64("tracked seq")?),
-            cut: match version {
-                VERSION_WITHOUT_INTENTS => Cut::default(),
-                _ => Cut { after: Seq(r.u64("cut seq")?), generation: r.u64("cut generation")? },
-            },
             unsettled: match version {
                 VERSION_WITHOUT_INTENTS => Vec::new(),
                 _ => r.ranges("unsettled ranges")?,
+            },
+            unsettled_seq: match version {
+                VERSION_WITHOUT_INTENTS => Seq(0),
+                _ => Seq(r.u64("unsettled seq")?),
             },
         };
         r.finish("superblock")?;
@@ -404,8 +386,8 @@ pub(crate) mod tests {
             stable: Seq(7),
             tracked: vec![tracked("c", 3), tracked("d", 0)],
             tracked_seq: Seq(11),
-            cut: Cut { after: Seq(9), generation: 1 },
             unsettled: vec![ByteRange { offset: 4096, length: 8192 }, ByteRange { offset: 65536, length: 4096 }],
+            unsettled_seq: Seq(9),
         }
     }
 

@@ -547,11 +547,7 @@ impl ToAgent {
                 offset: r.u64("offset")?,
                 length: r.u64("length")?,
             },
-            8 => ToAgent::Fetch {
-                from: Seq(r.u64("from")?),
-                to: Seq(r.u64("to")?),
-                what: FetchKind::decode(&mut r)?,
-            },
+            8 => ToAgent::Fetch { from: Seq(r.u64("from")?), to: Seq(r.u64("to")?), what: FetchKind::decode(&mut r)? },
             9 => ToAgent::Goodbye,
             10 => ToAgent::Begin(decode_begin(&mut r)?),
             11 => ToAgent::Copy(decode_copy(&mut r, &mut bulk)?),

@@ -56,6 +56,10 @@ impl RecordKind {
     }
 }
 
+/// Bits of the flags of an encoded header.
+const NO_HOLE: u8 = 1;
+const AMENDED: u8 = 2;
+
 /// Everything of a record but its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordHeader {
@@ -67,6 +71,9 @@ pub struct RecordHeader {
     pub kind: RecordKind,
     /// For [`RecordKind::WriteZeroes`]: the range must stay allocated.
     pub no_hole: bool,
+    /// For [`RecordKind::Write`] from another member's journal: later records changed blocks of it, and its payload is of
+    /// these. Whoever has it and not yet those is ahead of its log there.
+    pub amended: bool,
     /// First byte of the volume that it changes; zero for records that change none.
     pub offset: u64,
     /// Bytes of the volume that it changes; zero for records that change none.
@@ -126,7 +133,7 @@ impl RecordHeader {
         out.put_u32_le(self.payload_length);
         out.put_u32_le(self.payload_crc);
         out.put_u8(self.kind.to_wire());
-        out.put_u8(u8::from(self.no_hole));
+        out.put_u8(if self.no_hole { NO_HOLE } else { 0 } | if self.amended { AMENDED } else { 0 });
         out.put_slice(&[0; 6]);
     }
 
@@ -140,9 +147,13 @@ impl RecordHeader {
         let payload_length = reader.u32("record payload length")?;
         let payload_crc = reader.u32("record payload checksum")?;
         let kind = RecordKind::from_wire(reader.u8("record kind")?).ok_or(Malformed { field: "record kind" })?;
-        let no_hole = reader.bool("record flags")?;
+        let flags = reader.u8("record flags")?;
+        let (no_hole, amended) = (flags & NO_HOLE != 0, flags & AMENDED != 0);
+        if flags & !(NO_HOLE | AMENDED) != 0 || (amended && kind != RecordKind::Write) {
+            return Err(Malformed { field: "record flags" });
+        }
         reader.bytes(6, "record padding")?;
-        let header = RecordHeader { epoch, seq, kind, no_hole, offset, length, payload_length, payload_crc };
+        let header = RecordHeader { epoch, seq, kind, no_hole, amended, offset, length, payload_length, payload_crc };
         header.check_shape()?;
         Ok(header)
     }
@@ -212,6 +223,7 @@ impl Record {
             seq: position.seq,
             kind,
             no_hole: false,
+            amended: false,
             offset: range.offset,
             length: range.length,
             payload_length: payload.len() as u32,

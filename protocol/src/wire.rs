@@ -165,7 +165,10 @@ mod tests {
     use super::*;
     use crate::checksum::crc32;
     use crate::extents::{Allocation, EXTENTS_MAX, Extent};
-    use crate::message::{Begin, Condition, Copy, Dirty, FetchKind, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason, Welcome};
+    use crate::message::{
+        Begin, Condition, Copy, Dirty, FetchKind, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason,
+        Welcome,
+    };
     use crate::position::{Epoch, EpochHistory, Position, Seq};
     use crate::quorum::{AckPolicies, AckPolicy};
     use crate::ranges::ByteRange;

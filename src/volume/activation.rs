@@ -56,14 +56,14 @@ struct OtherEngine {
 enum Step {
     Gather,
     Promise,
-    Replay(Replay),
+    Replay(Box<Replay>),
     Settle(Box<Settle>),
     Start { seq: Seq },
 }
 
 #[derive(Debug)]
 struct Settle {
-    replay: Replay,
+    replay: Box<Replay>,
     settling: Settling,
 }
 
@@ -78,6 +78,8 @@ struct Replay {
     current: Option<(PeerId, Seq)>,
     /// The first record of the part that the source was asked for.
     fetching_from: Option<Seq>,
+    /// Ranges of the records sent on that are amended: the members that got them would report them as unsettled now.
+    amended: Vec<ByteRange>,
 }
 
 impl Activation {
@@ -239,8 +241,7 @@ impl<T> Volume<T> {
         let end = Position { epoch: self.epoch, seq: log.last() };
         let at = &mut self.peers[peer];
         // What it left unsettled is of records that it will get again.
-        let unsettled =
-            log.ranges_after(found.seq).fold(promised.unsettled.clone(), outside);
+        let unsettled = log.ranges_after(found.seq).fold(promised.unsettled.clone(), outside);
         let same_history =
             self.history.has_prefix(found, end) && log.holds_all_after(found.seq) && unsettled.is_empty();
         if found.seq < at.durable || !same_history {
@@ -273,6 +274,9 @@ impl<T> Volume<T> {
         let Some((target, forwarded)) = &mut replay.current else { return };
         if replay.source == peer && record.seq() == forwarded.next() && record.seq() <= replay.goal {
             *forwarded = record.seq();
+            if record.header.amended {
+                replay.amended.push(record.header.range());
+            }
             self.peers[*target].push_urgent(ToAgent::Append(record));
         }
     }
@@ -534,7 +538,17 @@ impl<T> Volume<T> {
         for id in &usable {
             self.peers[*id].push_urgent(ToAgent::Stable { seq: stable });
         }
-        self.enter(now, Step::Replay(Replay { source, usable, goal, current: None, fetching_from: None }));
+        self.enter(
+            now,
+            Step::Replay(Box::new(Replay {
+                source,
+                usable,
+                goal,
+                current: None,
+                fetching_from: None,
+                amended: Vec::new(),
+            })),
+        );
         self.advance_replay(now);
         true
     }
@@ -587,6 +601,7 @@ impl<T> Volume<T> {
         let source = replay.source;
         let promised = |id: &PeerId| self.peers[*id].promised.as_ref();
         let unsettled = replay.usable.iter().filter_map(promised).flat_map(|p| p.unsettled.iter().copied());
+        let unsettled = unsettled.chain(replay.amended.iter().copied());
         let size_bytes = promised(&source).map_or(0, |truth| truth.size_bytes);
         let others = replay.usable.iter().copied().filter(|id| *id != source);
         let members = std::iter::once(source).chain(others).collect();
@@ -635,7 +650,8 @@ impl<T> Volume<T> {
     fn begin_epoch(&mut self, now: Time) {
         let Some(activation) = self.activation() else { return };
         let Step::Settle(settle) = std::mem::replace(&mut activation.step, Step::Gather) else { return };
-        let Settle { replay: Replay { goal, usable, source, .. }, settling } = *settle;
+        let Settle { replay, settling } = *settle;
+        let Replay { goal, usable, source, .. } = *replay;
         let Some(truth) = self.peers[source].promised.clone() else { return };
         let size_bytes = truth.size_bytes;
         let given_up = self.given_up(&truth.views.view, &self.answered(&truth.views.view));

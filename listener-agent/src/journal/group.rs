@@ -278,7 +278,10 @@ pub(crate) mod tests {
         assert_eq!(out.len() as u64, group_bytes(&records, &[Seq(2)]));
         let bytes = out.as_slice().to_vec();
         let found = decode(SALT, &bytes.clone().into());
-        assert_eq!(found.iter().map(|entry| entry.record.header).collect::<Vec<_>>(), records.each_ref().map(|r| r.header));
+        assert_eq!(
+            found.iter().map(|entry| entry.record.header).collect::<Vec<_>>(),
+            records.each_ref().map(|r| r.header)
+        );
         assert_eq!((&found[1].intent, found[1].record.payload.len()), (&Some(vec![of_block; 2]), 0));
         assert_eq!((&found[2].intent, &found[2].record), (&None, &records[2]));
         // A damaged checksum ends the log there.

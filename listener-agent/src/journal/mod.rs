@@ -6,8 +6,8 @@
 //!
 //! ```text
 //! file:   4 KiB header (magic "NBCASTJL", version, volume uuid, CRC), then the ring
-//! record: u32 magic "NBJR" | u32 CRC-32 of bytes 8..80, started from that of the volume uuid | u64 generation | u64 first seq of the group | u64 reserved
-//!         | 48 bytes record header (protocol::record) | payload
+//! record: u32 magic "NBJR" | u32 CRC-32 of bytes 8..80, started from that of the volume uuid | u64 generation | u64 first seq of the group | u32 what follows: 0 payload, 1 intent | u32 CRC-32 of an intent's checksums
+//!         | 48 bytes record header (protocol::record) | payload, or for an intent u32 checksum of each block
 //! ```
 //!
 //! Recovery reads on from the tail that the superblock names. After each record the next may follow packed, at the next
@@ -17,10 +17,14 @@
 //!
 //! Only the last group can be torn, as groups are written one at a time. A sound group *behind* a broken record
 //! therefore proves that acknowledged records are damaged: that is an error, never a quiet end of the log.
+//!
+//! The bytes of an *intent* go to the image instead, after its group and before the group counts as durable: what that means
+//! after a crash is in [`crate::recovery`].
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 pub mod group;
+pub mod intents;
 pub mod recover;
 pub mod ring;
 
@@ -68,6 +72,8 @@ pub fn intent_bytes_min(file_bytes: u64) -> u64 {
 
 /// The most intents in a group.
 pub const INTENTS_MAX: usize = 32;
+/// The most intents that a journal holds, with the parts that others left of them: it bounds the memory for them.
+pub const INTENTS_HELD_MAX: usize = 16 * 1024;
 /// What the intents of a group write, bytes, at most: it bounds the time of one group.
 pub const INTENTS_BYTES_MAX: u64 = 4 << 20;
 

@@ -7,10 +7,12 @@ use bytes::Bytes;
 use protocol::{BLOCK_BYTES, Epoch, Seq};
 
 use super::group::{ENTRY_HEADER_BYTES, Entry, EntryHeader, Salt};
+use super::intents::Intents;
 use super::ring::{Ring, Segment};
 use super::{HEADER_BYTES, capacity_bytes};
 use crate::disk::RawFile;
-use crate::superblock::{Cut, JournalTail, Superblock};
+use crate::disk::aligned::AlignedBuffer;
+use crate::superblock::{JournalTail, Superblock};
 
 /// What the journal holds.
 #[derive(Debug)]
@@ -28,8 +30,8 @@ pub struct Recovered {
 pub struct LastGroup {
     /// Its first record.
     pub first: Seq,
-    /// The opening of the replica in which it was written.
-    pub generation: u64,
+    /// Where it is in the ring.
+    pub offset: u64,
 }
 
 /// Why a journal cannot be used.
@@ -69,8 +71,8 @@ pub struct ScanStart {
     pub durable_at_least: Seq,
     /// The replica was closed in good order: all of its records are checkpointed, so none behind can be missed.
     pub closed_in_good_order: bool,
-    /// Where the log was cut off.
-    pub cut: Cut,
+    /// Later records do not count.
+    pub end: Seq,
 }
 
 impl ScanStart {
@@ -86,7 +88,7 @@ impl ScanStart {
             tail: superblock.tail,
             durable_at_least: known.into_iter().fold(Seq(0), Seq::max),
             closed_in_good_order: superblock.clean,
-            cut: superblock.cut,
+            end: Seq(u64::MAX),
         }
     }
 }
@@ -99,19 +101,22 @@ pub fn scan(
 ) -> Result<Recovered, RecoverError> {
     let mut window = Window { salt: start.salt, file, capacity: start.capacity, offset: 0, bytes: Bytes::new() };
     let mut segments: VecDeque<Segment> = VecDeque::new();
+    let mut intents = Intents::default();
     let mut next = start.tail.seq;
     let mut generation = start.tail.generation;
     let mut epoch = Epoch(0);
     let mut at = start.tail.offset;
     let mut scanned_bytes = 0;
     let mut last_group = None;
-    while scanned_bytes <= start.capacity {
-        let after = After { seq: next, generation, epoch, cut: start.cut };
+    while scanned_bytes <= start.capacity && next <= start.end {
+        let after = After { seq: next, generation, epoch };
         let Some((offset, header, entry)) = next_record(&mut window, at, after)? else { break };
         (generation, epoch) = (header.generation, header.record.epoch);
         scanned_bytes += header.entry_bytes();
         at = offset + header.entry_bytes();
-        last_group = Some(LastGroup { first: header.group_first, generation });
+        if header.group_first == next {
+            last_group = Some(LastGroup { first: next, offset });
+        }
         let group_end = at.next_multiple_of(BLOCK_BYTES);
         match segments.back_mut() {
             Some(group) if header.group_first == group.first && offset < group.offset + group.bytes + BLOCK_BYTES => {
@@ -121,6 +126,11 @@ pub fn scan(
             Some(_) | None => {
                 segments.push_back(Segment { offset, bytes: group_end - offset, first: next, last: next });
             }
+        }
+        let range = header.record.range();
+        match entry.intent {
+            Some(_) => intents.note(range, next),
+            None => intents.note_change(range),
         }
         on_entry(entry).map_err(|cause| RecoverError::Apply { at: next, cause })?;
         next = next.next();
@@ -135,7 +145,14 @@ pub fn scan(
         return Err(RecoverError::Damaged { at: next, until });
     }
     let write_offset = at.next_multiple_of(BLOCK_BYTES);
-    Ok(Recovered { ring: Ring::new(start.capacity, segments, write_offset), last, last_group })
+    Ok(Recovered { ring: Ring::new(start.capacity, segments, intents, write_offset), last, last_group })
+}
+
+/// Makes a group and what is packed behind it unfindable.
+pub fn erase_group(file: &dyn RawFile, offset: u64) -> io::Result<()> {
+    let mut nothing = AlignedBuffer::with_capacity(BLOCK_BYTES as usize);
+    nothing.put(&[0; BLOCK_BYTES as usize]);
+    file.write_durable_at(HEADER_BYTES + offset, nothing.as_slice())
 }
 
 /// What the next record is known by.
@@ -146,15 +163,11 @@ struct After {
     generation: u64,
     /// Likewise.
     epoch: Epoch,
-    cut: Cut,
 }
 
 impl After {
     fn counts(&self, header: &EntryHeader) -> bool {
-        header.record.seq == self.seq
-            && header.generation >= self.generation
-            && header.record.epoch >= self.epoch
-            && !self.cut.is_behind(self.seq, header.generation)
+        header.record.seq == self.seq && header.generation >= self.generation && header.record.epoch >= self.epoch
     }
 }
 
@@ -238,7 +251,7 @@ mod tests {
         _dir: tempfile::TempDir,
         file: SystemFile,
         ring: Ring,
-        cut: Cut,
+        end: Seq,
     }
 
     impl Journal {
@@ -248,7 +261,7 @@ mod tests {
             let path = dir.path().join("journal");
             std::fs::File::create(&path).unwrap().set_len(HEADER_BYTES + CAPACITY).unwrap();
             let file = SystemFile::open(&path, Caching::Buffered).unwrap();
-            Journal { _dir: dir, file, ring: Ring::new(CAPACITY, VecDeque::new(), 0), cut: Cut::default() }
+            Journal { _dir: dir, file, ring: Ring::empty(CAPACITY), end: Seq(u64::MAX) }
         }
 
         /// Writes a group and returns its offset.
@@ -274,7 +287,7 @@ mod tests {
                 tail,
                 durable_at_least: Seq(0),
                 closed_in_good_order: false,
-                cut: self.cut,
+                end: self.end,
             };
             let mut found = Vec::new();
             let recovered = scan(&self.file, start, &mut |r| {
@@ -336,12 +349,16 @@ mod tests {
     fn what_was_cut_off_is_not_found_again_whatever_comes_in_its_place() {
         let mut j = Journal::new();
         j.append(1, &[write(1, 100)]);
-        j.append(1, &[write(2, 100), write(3, 100), write(4, 100)]);
+        let offset = j.append(1, &[write(2, 100), write(3, 100), write(4, 100)]);
         let (found, recovered) = j.scan_from(0, 1).unwrap();
-        assert_eq!((found, recovered.last_group), (vec![1, 2, 3, 4], Some(LastGroup { first: Seq(2), generation: 1 })));
-        j.cut = Cut { after: Seq(1), generation: 1 };
+        assert_eq!((found, recovered.last_group), (vec![1, 2, 3, 4], Some(LastGroup { first: Seq(2), offset })));
+        j.end = Seq(1);
         let (found, recovered) = j.scan_from(0, 1).unwrap();
         assert_eq!((found, recovered.last), (vec![1], Seq(1)));
+        j.end = Seq(u64::MAX);
+        erase_group(&j.file, offset).unwrap();
+        let (found, _) = j.scan_from(0, 1).unwrap();
+        assert_eq!(found, [1]);
         // One record comes in its place; what was packed behind the first of those that were cut off is still there.
         j.ring = recovered.ring;
         j.append(2, &[write(2, 100)]);
@@ -373,7 +390,7 @@ mod tests {
             tail,
             durable_at_least: Seq(1),
             closed_in_good_order: true,
-            cut: Cut::default(),
+            end: Seq(u64::MAX),
         };
         assert!(matches!(scan(&j.file, start, &mut |_| Ok(())), Err(RecoverError::Damaged { .. })));
     }

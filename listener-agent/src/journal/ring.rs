@@ -6,6 +6,9 @@
 use std::collections::VecDeque;
 
 use protocol::Seq;
+use protocol::ranges::ByteRange;
+
+use super::intents::Intents;
 
 /// One group in the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +32,20 @@ pub struct Ring {
     /// The same before the last group was given room.
     write_offset_before: u64,
     segments: VecDeque<Segment>,
+    intents: Intents,
 }
 
 impl Ring {
-    /// A ring of `capacity` bytes that holds these segments and goes on at `write_offset`.
+    /// A ring of `capacity` bytes that holds these segments, with these intents, and goes on at `write_offset`.
     #[must_use]
-    pub fn new(capacity: u64, segments: VecDeque<Segment>, write_offset: u64) -> Ring {
-        Ring { capacity, write_offset, write_offset_before: write_offset, segments }
+    pub fn new(capacity: u64, segments: VecDeque<Segment>, intents: Intents, write_offset: u64) -> Ring {
+        Ring { capacity, write_offset, write_offset_before: write_offset, segments, intents }
+    }
+
+    /// A ring of `capacity` bytes that holds nothing.
+    #[must_use]
+    pub fn empty(capacity: u64) -> Ring {
+        Ring::new(capacity, VecDeque::new(), Intents::default(), 0)
     }
 
     fn start_of_used(&self) -> Option<u64> {
@@ -74,8 +84,22 @@ impl Ring {
     /// If that group does not begin with `first`.
     pub fn take_back(&mut self, first: Seq) {
         let last = self.segments.pop_back();
-        assert!(last.is_some_and(|segment| segment.first == first), "the last group is the one that was given room last");
+        assert!(
+            last.is_some_and(|segment| segment.first == first),
+            "the last group is the one that was given room last"
+        );
         self.write_offset = self.write_offset_before;
+    }
+
+    /// A record that changed a range became durable, with its bytes in the image alone if it is an intent.
+    pub fn note_durable(&mut self, seq: Seq, range: ByteRange, is_intent: bool) {
+        if is_intent { self.intents.note(range, seq) } else { self.intents.note_change(range) }
+    }
+
+    /// The intents it holds.
+    #[must_use]
+    pub fn intents(&self) -> &Intents {
+        &self.intents
     }
 
     /// The tail if everything up to `seq` is given up: offset and place of the oldest record kept.
@@ -90,6 +114,7 @@ impl Ring {
         while self.segments.front().is_some_and(|s| s.last < first) {
             self.segments.pop_front();
         }
+        self.intents.release_before(first);
     }
 
     /// Bytes in use, as far as they cannot be taken.
@@ -143,7 +168,7 @@ mod tests {
     const KIB: u64 = 1024;
 
     fn ring() -> Ring {
-        Ring::new(64 * KIB, VecDeque::new(), 0)
+        Ring::empty(64 * KIB)
     }
 
     #[test]

@@ -8,13 +8,11 @@
 //! **Invariant:** while the bytes of an intent are written no other change of these blocks is being made or to be made, no
 //! read that came before it looks at them, and none that comes after it does before it is applied.
 
-use protocol::ranges::{ByteRange, outside};
 use protocol::{BLOCK_BYTES, Record, RecordKind, Seq};
 
 use super::Replica;
 use super::reads::Place;
-use crate::journal::{INTENTS_BYTES_MAX, INTENTS_MAX, intent_bytes_min};
-use crate::superblock::UNSETTLED_MAX;
+use crate::journal::{INTENTS_BYTES_MAX, INTENTS_HELD_MAX, INTENTS_MAX, intent_bytes_min};
 
 /// What was written through the page cache since the image was last made durable, bytes, at most: it becomes durable together
 /// with what an intent writes, and whoever waits for that would wait for all of it.
@@ -82,32 +80,21 @@ pub(super) fn has_room_for_another(intents: &[&Record], record: &Record) -> bool
     intents.is_empty() || (intents.len() < INTENTS_MAX && bytes + record.header.length <= INTENTS_BYTES_MAX)
 }
 
-/// A record that changes `range` leaves nothing unsettled of the blocks that it changes whole.
-pub(super) fn settle(unsettled: &mut Vec<ByteRange>, range: ByteRange) {
-    let start = range.offset.next_multiple_of(BLOCK_BYTES);
-    let end = range.end() / BLOCK_BYTES * BLOCK_BYTES;
-    if start < end {
-        let left = outside(unsettled.iter().copied(), ByteRange { offset: start, length: end - start });
-        // More than a superblock can name: then some stay that need not, which an engine will settle.
-        if left.len() <= UNSETTLED_MAX {
-            *unsettled = left;
-        }
-    }
-}
-
 impl Replica {
     /// Whether the record at `index` of those that are pending can be an intent now.
     pub(super) fn can_be_intent(&self, index: usize, record: &Record) -> bool {
         let (header, range) = (&record.header, record.header.range());
         let superblock = &self.superblock;
         let is_large = header.kind == RecordKind::Write
+            && !header.amended
             && range.length >= intent_bytes_min(superblock.identity.journal_bytes)
             && range == range.aligned(BLOCK_BYTES);
         if !is_large {
             return false;
         }
         let is_in_order = !superblock.syncing && self.turn.is_none() && !self.copies.has_waiting();
-        let has_room = !self.in_place.no_room && !self.no_space_to_apply;
+        let is_held = self.ring.intents().count() < INTENTS_HELD_MAX;
+        let has_room = !self.in_place.no_room && !self.no_space_to_apply && is_held;
         let unsynced = self.in_place.unsynced_bytes + self.unapplied_bytes;
         let unsettled: u64 = superblock.unsettled.iter().map(|range| range.length).sum();
         // Replaying the record that made the volume so large would zero what lies behind this.

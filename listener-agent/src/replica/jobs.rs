@@ -121,6 +121,8 @@ pub struct FetchJob {
     pub(super) to: Seq,
     /// What is wanted.
     pub what: FetchKind,
+    /// Intents of which later records changed something.
+    pub overwritten: Vec<Seq>,
     /// What the checksums of the records start from.
     pub salt: Salt,
     /// Where they are.
@@ -130,7 +132,7 @@ pub struct FetchJob {
 /// What was found of a record in the journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// The record. What an intent wrote is as later records left it.
+    /// The record; amended if it is an intent of which later records changed something.
     Record(Record),
     /// Its place, and the range that it changed.
     Range(Seq, ByteRange),

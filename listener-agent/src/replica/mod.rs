@@ -36,6 +36,7 @@ mod reads;
 mod resync;
 #[cfg(test)]
 mod tests;
+pub(crate) mod unsettled;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -58,13 +59,12 @@ use applying::Applying;
 use copies::CopyQueue;
 use dirty::DirtyMaps;
 use in_place::InPlace;
-pub use jobs::{
-    ApplyJob, Changes, ExtendJob, FetchJob, Found, GroupJob, GroupOutcome, Growth, JobError, MetadataJob,
-};
+pub use jobs::{ApplyJob, Changes, ExtendJob, FetchJob, Found, GroupJob, GroupOutcome, Growth, JobError, MetadataJob};
 use lease::Leases;
 pub use reads::ReadJob;
 use reads::{Place, ReadQueue};
 use resync::Turn;
+use unsettled::note_settled;
 
 /// One connection of an engine.
 pub type SessionId = u64;
@@ -369,6 +369,7 @@ impl Replica {
                     from,
                     to: to.min(self.durable.seq),
                     what,
+                    overwritten: Vec::new(),
                     salt: self.salt(),
                     segments,
                 });
@@ -567,7 +568,9 @@ impl Replica {
         let first = self.durable.seq.ahead_of(self.applied.seq) as usize;
         let count = last.seq.ahead_of(self.durable.seq) as usize;
         for record in self.pending.iter().skip(first).take(count) {
-            if !self.in_place.is_done(record.seq()) {
+            let is_done = self.in_place.is_done(record.seq());
+            self.ring.note_durable(record.seq(), record.header.range(), is_done);
+            if !is_done {
                 self.unapplied_bytes += u64::from(record.header.payload_length);
             }
             note_durable(&mut self.superblock, &mut self.dirty, record)
@@ -660,7 +663,12 @@ impl Replica {
 
     /// The next journal read for another member; [`Replica::fetch_done`] must follow.
     pub fn next_fetch(&mut self) -> Option<FetchJob> {
-        if self.has_fetch() { self.fetches.pop_front() } else { None }
+        if !self.has_fetch() {
+            return None;
+        }
+        let mut job = self.fetches.pop_front()?;
+        job.overwritten = self.ring.intents().overwritten(job.from, job.to);
+        Some(job)
     }
 
     /// Whether [`Replica::next_fetch`] has a job. What intents wrote is read from the image, with everything applied.
@@ -717,9 +725,7 @@ pub fn note_durable(superblock: &mut Superblock, dirty: &mut DirtyMaps, record: 
     if position.seq > superblock.tracked_seq {
         dirty.note(record, superblock.generation)?;
     }
-    if !superblock.unsettled.is_empty() && position.seq > superblock.cut.after {
-        in_place::settle(&mut superblock.unsettled, record.header.range());
-    }
+    note_settled(superblock, &record.header);
     match record.header.kind {
         RecordKind::EpochStart => superblock.acks = Some(AckPolicies::decode(&record.payload)?),
         RecordKind::ViewChange if position.seq > superblock.views.seq => {

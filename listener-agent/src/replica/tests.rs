@@ -7,7 +7,7 @@ use protocol::{EpochHistory, ReplicaName, View, ViewState, VolumeUuid};
 use super::*;
 use crate::image::Trust;
 use crate::journal::{self, FILE_BYTES_MIN};
-use crate::superblock::{Cut, Identity, JournalTail};
+use crate::superblock::{Identity, JournalTail};
 
 pub(super) const BLOCK: u64 = 4096;
 pub(super) const A: EngineId = [1; 16];
@@ -40,10 +40,10 @@ pub(super) fn replica() -> Replica {
         stable: Seq(0),
         tracked: Vec::new(),
         tracked_seq: Seq(0),
-        cut: Cut::default(),
         unsettled: Vec::new(),
+        unsettled_seq: Seq(0),
     };
-    let ring = Ring::new(journal::capacity_bytes(FILE_BYTES_MIN), VecDeque::new(), 0);
+    let ring = Ring::empty(journal::capacity_bytes(FILE_BYTES_MIN));
     let dirty = DirtyMaps::of(&superblock);
     Replica::new(superblock, ring, Position::default(), dirty, NOW, false)
 }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use protocol::{Epoch, EpochHistory, Position, View, ViewState, VolumeUuid};
 
 use super::*;
-use crate::superblock::{Cut, Identity, JournalTail};
+use crate::superblock::{Identity, JournalTail};
 
 const UNIT: u64 = DIRTY_UNIT_BYTES;
 /// Two pages and a bit; the last unit is cut short.
@@ -47,8 +47,8 @@ fn superblock() -> Superblock {
         stable: Seq(0),
         tracked: Vec::new(),
         tracked_seq: Seq(0),
-        cut: Cut::default(),
         unsettled: Vec::new(),
+        unsettled_seq: Seq(0),
     }
 }
 

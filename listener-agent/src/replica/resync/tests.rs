@@ -19,12 +19,12 @@ use crate::directory::{self, NewReplica};
 use crate::disk::ReplicaFiles;
 use crate::image::Image;
 use crate::journal::{FILE_BYTES_MIN, HEADER_BYTES, group};
+use crate::replica::GroupOutcome;
 use crate::replica::tests::{
     A, B, BLOCK, NOW, append, apply, promise, promise_given, promised, refusal, said, write_at, write_group,
     write_superblock,
 };
 use crate::replica::{Changes, JobError, MetadataJob, NO_SPACE_RETRY, RefusedReason, Time};
-use crate::replica::GroupOutcome;
 use crate::superblock::Identity;
 
 const SIZE: u64 = 1 << 20;
