@@ -4,8 +4,10 @@
 use std::io;
 
 use bytes::Bytes;
-use protocol::Record;
 use protocol::message::FetchKind;
+use protocol::ranges::ByteRange;
+use protocol::record::Amended;
+use protocol::{BLOCK_BYTES, Record, RecordHeader};
 
 use crate::disk::ReplicaFiles;
 use crate::disk::aligned::AlignedBuffer;
@@ -47,6 +49,19 @@ fn write_whole_group(
     written.try_for_each(|(record, stored)| image.put_checksums(record.header.offset, stored))
 }
 
+/// The record of an intent, with what the image holds there now: whoever gets it gets what changed it, too.
+fn from_image(image: &Image, header: &RecordHeader, is_overwritten: bool) -> Record {
+    let range = header.range();
+    if !is_overwritten && let Ok(Ok(Verified { data, crc })) = image.read_verified(range) {
+        return Record::carrying(header.position(), header.kind, range, data, crc);
+    }
+    let read = |offset: u64| {
+        let found = image.read_verified(ByteRange { offset, length: BLOCK_BYTES });
+        (offset, found.ok().and_then(Result::ok).map(|verified| verified.data))
+    };
+    Amended { blocks: (range.offset..range.end()).step_by(BLOCK_BYTES as usize).map(read).collect() }.record(header)
+}
+
 /// Reads records from the journal, as far as they can be read.
 pub fn fetch(files: &ReplicaFiles, image: &Image, job: &FetchJob) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
@@ -59,12 +74,7 @@ pub fn fetch(files: &ReplicaFiles, image: &Image, job: &FetchJob) -> io::Result<
                 (FetchKind::Ranges, _) => Found::Range(header.seq, header.range()),
                 (FetchKind::Records, None) => Found::Record(entry.record),
                 (FetchKind::Records, Some(_)) => {
-                    // The bytes are those of the block now, whatever changed them; the member gets what did that, too.
-                    let Ok(Verified { data, crc }) = image.read_verified(header.range())? else { return Ok(found) };
-                    let (position, range) = (header.position(), header.range());
-                    let mut record = Record::carrying(position, header.kind, range, data, crc);
-                    record.header.amended = job.overwritten.contains(&header.seq);
-                    Found::Record(record)
+                    Found::Record(from_image(image, &header, job.overwritten.contains(&header.seq)))
                 }
             });
         }

@@ -21,7 +21,7 @@ use protocol::checksum::stored_block_checksum;
 use protocol::extents::Extent;
 use protocol::message::{Copy, ReadKind, ReadOutcome};
 use protocol::ranges::ByteRange;
-use protocol::record::RecordError;
+use protocol::record::{Amended, RecordError};
 use protocol::scrub::BlockFound;
 use protocol::{BLOCK_BYTES, Record, RecordKind};
 
@@ -141,8 +141,12 @@ impl Image {
         self.checksums.write_back()
     }
 
-    /// Sees to it that there is space for what is written to a range: see [`RawFile::reserve`].
+    /// Sees to it that a range of whole blocks can be written in place: there is space for it (see [`RawFile::reserve`]), and
+    /// no block is known to be bad. A replay could not tell whether one was found to be so before that or after it.
     pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
+        if self.stored(range.offset, (range.length / BLOCK_BYTES) as usize)?.contains(&KNOWN_BAD) {
+            return Err(io::Error::other("a block is known to be bad"));
+        }
         self.image.reserve(range)
     }
 
@@ -168,6 +172,14 @@ impl Image {
         let is_held =
             bytes.chunks_exact(BLOCK).zip(stored).all(|(block, stored)| stored_block_checksum(block) == *stored);
         is_held.then(|| bytes.into())
+    }
+
+    /// As [`Image::put_checksums`], of blocks that may have been found bad later: those keep that mark if they are.
+    pub fn put_checksums_again(&self, offset: u64, stored: &[u32]) -> io::Result<()> {
+        if self.stored(offset, stored.len())?.contains(&KNOWN_BAD) {
+            return self.put_checksums_where_they_match(offset, stored);
+        }
+        self.put_checksums(offset, stored)
     }
 
     /// Of the blocks from `offset` on, gives those that hold what these stored checksums are of these checksums. The others
@@ -200,6 +212,7 @@ impl Image {
         let header = &record.header;
         let trust = if self.sync_failed.load(Ordering::SeqCst) { Trust::InDoubt } else { trust };
         match header.kind {
+            RecordKind::Write if header.amended => self.apply_amended(record, trust),
             RecordKind::Write => {
                 let change = Change::of(header.offset, &record.payload);
                 if change.crc() != header.payload_crc {
@@ -212,6 +225,16 @@ impl Image {
             RecordKind::WriteZeroes => self.zero(header.range(), header.no_hole, trust),
             RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => Ok(()),
         }
+    }
+
+    /// Blocks that no member could read any more are bad here, too.
+    fn apply_amended(&self, record: &Record, trust: Trust) -> io::Result<()> {
+        record.check_payload().map_err(|cause| io::Error::new(io::ErrorKind::InvalidData, cause))?;
+        let Amended { blocks } = Amended::of(record).map_err(io::Error::other)?;
+        blocks.iter().try_for_each(|(offset, bytes)| match bytes {
+            Some(bytes) => self.write(*offset, bytes, Change::of(*offset, bytes), trust),
+            None => self.mark_bad(*offset),
+        })
     }
 
     /// Puts `data`, of which `change` says what it does to checksums. A block that it covers in part and that is bad stays

@@ -22,7 +22,7 @@ use std::io;
 
 use bytes::Bytes;
 use protocol::ranges::{ByteRange, merge_in_units};
-use protocol::record::Resize;
+use protocol::record::{Amended, Resize};
 use protocol::{BLOCK_BYTES, Record, RecordHeader, RecordKind, Seq};
 
 use crate::directory::OpenReplica;
@@ -122,7 +122,7 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
             return Ok(());
         }
         if entry.record.header.kind != RecordKind::Resize {
-            return replay(&image, &found.intents, &entry);
+            return replay(&image, &found.intents, &superblock.unsettled, &entry);
         }
         let to = Resize::decode(&entry.record.payload).map_err(io::Error::other)?.size_bytes;
         image.grow(image_bytes, to)?;
@@ -146,11 +146,28 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
 }
 
 /// Does to the image what a record did, but for what a later intent did.
-fn replay(image: &Image, intents: &Intents, entry: &Entry) -> io::Result<()> {
+fn replay(image: &Image, intents: &Intents, unsettled: &[ByteRange], entry: &Entry) -> io::Result<()> {
     let Entry { record, intent } = entry;
     let header = &record.header;
     if let Some(stored) = intent {
-        return image.put_checksums(header.offset, stored);
+        // Blocks that are ahead of the log keep the checksums that were stored when they were found to be so.
+        let may_be_ahead = unsettled.iter().any(|range| range.overlaps(header.range()));
+        let put = if may_be_ahead { Image::put_checksums_where_they_match } else { Image::put_checksums_again };
+        return put(image, header.offset, stored);
+    }
+    if header.amended {
+        let Amended { blocks } = Amended::of(record).map_err(io::Error::other)?;
+        let of = |offset| ByteRange { offset, length: BLOCK_BYTES };
+        let blocks = blocks.into_iter().filter(|(offset, _)| !intents.spared(of(*offset), header.seq).is_empty());
+        return blocks
+            .map(|(offset, bytes)| {
+                Amended { blocks: vec![(offset, bytes)] }.record(&RecordHeader {
+                    offset,
+                    length: BLOCK_BYTES,
+                    ..*header
+                })
+            })
+            .try_for_each(|block| image.apply(&block, Trust::InDoubt));
     }
     let spared = intents.spared(header.range(), header.seq);
     if spared == [header.range()] || header.length == 0 {

@@ -71,8 +71,9 @@ pub struct RecordHeader {
     pub kind: RecordKind,
     /// For [`RecordKind::WriteZeroes`]: the range must stay allocated.
     pub no_hole: bool,
-    /// For [`RecordKind::Write`] from another member's journal: later records changed blocks of it, and its payload is of
-    /// these. Whoever has it and not yet those is ahead of its log there.
+    /// For [`RecordKind::Write`] of whole blocks: it comes from the journal of a member that has its bytes in the image alone,
+    /// where later records may have changed them, and some may be bad. Whoever has it and not yet those records is ahead of
+    /// its log there. The payload is that of [`Amended`].
     pub amended: bool,
     /// First byte of the volume that it changes; zero for records that change none.
     pub offset: u64,
@@ -161,15 +162,30 @@ impl RecordHeader {
     fn check_shape(&self) -> Result<(), Malformed> {
         let has_range = self.length > 0;
         let payload = self.payload_length;
-        let fits = match self.kind {
-            RecordKind::Write => has_range && u64::from(payload) == self.length,
-            RecordKind::Trim | RecordKind::WriteZeroes => has_range && payload == 0,
-            RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => {
-                !has_range && self.offset == 0 && payload > 0
-            }
-        };
         let in_bounds = payload <= RECORD_PAYLOAD_BYTES_MAX && self.offset.checked_add(self.length).is_some();
-        if fits && in_bounds && self.seq > Seq(0) { Ok(()) } else { Err(Malformed { field: "record shape" }) }
+        let fits = in_bounds
+            && match self.kind {
+                RecordKind::Write if self.amended => has_range && self.missing_blocks().is_some(),
+                RecordKind::Write => has_range && u64::from(payload) == self.length,
+                RecordKind::Trim | RecordKind::WriteZeroes => has_range && payload == 0,
+                RecordKind::EpochStart | RecordKind::ViewChange | RecordKind::DirtyChange | RecordKind::Resize => {
+                    !has_range && self.offset == 0 && payload > 0
+                }
+            };
+        if fits && self.seq > Seq(0) { Ok(()) } else { Err(Malformed { field: "record shape" }) }
+    }
+
+    /// How many blocks an amended record has no bytes for, if its range and its payload fit each other.
+    fn missing_blocks(&self) -> Option<u64> {
+        let left_out = self.length.checked_sub(self.payload_length.into())?;
+        let whole = self.range() == self.range().aligned(BLOCK_BYTES);
+        let is_small = self.length <= RECORD_PAYLOAD_BYTES_MAX.into();
+        let missing = left_out / (BLOCK_BYTES - MISSING_BYTES);
+        (whole
+            && is_small
+            && left_out.is_multiple_of(BLOCK_BYTES - MISSING_BYTES)
+            && missing <= self.length / BLOCK_BYTES)
+            .then_some(missing)
     }
 
     /// Checks that the record stays within a volume of `size_bytes`.
@@ -243,6 +259,53 @@ impl Record {
         let sound = self.payload.len() == self.header.payload_length as usize
             && crc32(&self.payload) == self.header.payload_crc;
         if sound { Ok(()) } else { Err(RecordError::PayloadChecksum { seq: self.header.seq }) }
+    }
+}
+
+/// Bytes that an amended record has for a block that is missing.
+const MISSING_BYTES: u64 = 4;
+
+/// The payload of an amended record: the bytes of the blocks that could be read, then for each of the others its number in
+/// the range, as a `u32`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Amended {
+    /// First bytes of blocks, and what they hold; `None` for one that nobody can read any more.
+    pub blocks: Vec<(u64, Option<Bytes>)>,
+}
+
+impl Amended {
+    /// The record with these blocks in the place of another, of which only the header is known.
+    #[must_use]
+    pub fn record(self, header: &RecordHeader) -> Record {
+        let mut payload = BytesMut::with_capacity(header.length as usize);
+        self.blocks.iter().filter_map(|(_, bytes)| bytes.as_ref()).for_each(|bytes| payload.put_slice(bytes));
+        for (index, (_, bytes)) in (0..).zip(&self.blocks) {
+            if bytes.is_none() {
+                payload.put_u32_le(index);
+            }
+        }
+        let mut record = Record::new(header.position(), header.kind, header.range(), payload.freeze());
+        record.header.amended = true;
+        record
+    }
+
+    /// What an amended record holds.
+    pub fn of(record: &Record) -> Result<Amended, Malformed> {
+        let malformed = Malformed { field: "amended record" };
+        let (header, mut payload) = (&record.header, record.payload.clone());
+        let missing = header.missing_blocks().filter(|_| payload.len() == header.payload_length as usize);
+        let missing = missing.ok_or(malformed)?;
+        let numbers = payload.split_off(payload.len() - (missing * MISSING_BYTES) as usize);
+        let mut numbers = numbers.as_chunks().0.iter().map(|number| u32::from_le_bytes(*number)).peekable();
+        let mut blocks = Vec::new();
+        for (index, offset) in (0..).zip((header.offset..header.range().end()).step_by(BLOCK_BYTES as usize)) {
+            let is_missing = numbers.next_if_eq(&index).is_some();
+            if !is_missing && payload.is_empty() {
+                return Err(malformed);
+            }
+            blocks.push((offset, (!is_missing).then(|| payload.split_to(BLOCK_BYTES as usize))));
+        }
+        if numbers.next().is_none() { Ok(Amended { blocks }) } else { Err(malformed) }
     }
 }
 
@@ -400,6 +463,46 @@ mod tests {
     fn write() -> Record {
         let position = Position { epoch: Epoch(3), seq: Seq(7) };
         Record::new(position, RecordKind::Write, ByteRange { offset: 512, length: 5 }, Bytes::from_static(b"hello"))
+    }
+
+    fn amended(missing: &[u64], blocks: u64) -> Record {
+        let block = |index: u64| {
+            let bytes = Bytes::from(vec![index as u8; BLOCK_BYTES as usize]);
+            ((index + 3) * BLOCK_BYTES, (!missing.contains(&index)).then_some(bytes))
+        };
+        let range = ByteRange { offset: 3 * BLOCK_BYTES, length: blocks * BLOCK_BYTES };
+        let header = RecordHeader { offset: range.offset, length: range.length, ..write().header };
+        Amended { blocks: (0..blocks).map(block).collect() }.record(&header)
+    }
+
+    #[test]
+    fn an_amended_record_keeps_what_could_be_read_and_says_what_could_not() {
+        for missing in [&[][..], &[0], &[4], &[1, 3], &[0, 1, 2, 3, 4]] {
+            let record = amended(missing, 5);
+            assert_eq!(RecordHeader::decode(&mut Reader::new(&encoded(&record.header))), Ok(record.header));
+            let blocks = Amended::of(&record).unwrap().blocks;
+            for (index, (offset, bytes)) in (0..).zip(&blocks) {
+                assert_eq!(*offset, (index + 3) * BLOCK_BYTES);
+                assert_eq!(bytes.is_none(), missing.contains(&index));
+                assert!(bytes.iter().flatten().all(|byte| u64::from(*byte) == index));
+            }
+            assert_eq!((blocks.len(), record.check_payload()), (5, Ok(())));
+        }
+    }
+
+    #[test]
+    fn an_amended_record_whose_numbers_make_no_sense_is_refused() {
+        for (at, number) in [(0, 3), (0, 5), (1, 1), (1, 9)] {
+            let mut record = amended(&[1, 3], 5);
+            let mut payload = record.payload.to_vec();
+            let numbers = payload.len() - 8;
+            payload[numbers + at * 4..][..4].copy_from_slice(&u32::to_le_bytes(number));
+            record.payload = payload.into();
+            assert!(Amended::of(&record).is_err(), "{at} {number}");
+        }
+        let mut record = amended(&[], 5);
+        record.header.payload_length -= 4;
+        assert!(RecordHeader::decode(&mut Reader::new(&encoded(&record.header))).is_err());
     }
 
     fn encoded(header: &RecordHeader) -> Vec<u8> {

@@ -15,6 +15,7 @@ use listener_agent::replica::{ApplyJob, ExtendJob, FetchJob, GroupJob, GroupOutc
 use listener_agent::superblock::Superblock;
 use protocol::message::{Condition, ReadOutcome};
 use protocol::ranges::ByteRange;
+use protocol::record::Amended;
 use protocol::scrub::BlockFound;
 use protocol::{ToAgent, ToEngine};
 
@@ -40,6 +41,14 @@ pub struct Agent {
     pub starts_at: Option<Time>,
     /// It dies when it next writes pages of its dirty bitmaps; whether in a power cut.
     pub dies_at_checkpoint: Option<bool>,
+    /// It dies after so many writes of the next group with an intent: the first is that of the group.
+    pub dies_in_place: Option<u64>,
+    /// What the intents of its last group wrote: nothing but these bytes may prove that it counts.
+    pub last_in_place: Vec<ByteRange>,
+    /// Intents that it carried out.
+    pub intents: u64,
+    /// How often it was opened with a log that had to be cut off.
+    pub cuts: u64,
     /// Reads that were at work.
     pub reads_done: u64,
     /// Somebody damaged its superblock or its journal, so that it may be refused; and why it was.
@@ -78,6 +87,10 @@ impl Agent {
             reads_hang_until: Time::ZERO,
             starts_at: None,
             dies_at_checkpoint: None,
+            dies_in_place: None,
+            last_in_place: Vec::new(),
+            intents: 0,
+            cuts: 0,
             reads_done: 0,
             is_damaged: false,
             refusal: None,
@@ -190,16 +203,32 @@ impl World {
             assert!(agent.is_damaged, "a{index}: {e}");
             return agent.refusal = Some(e.to_string());
         }
-        let opened = match recover(files, superblock) {
+        let settled_before = superblock.unsettled_seq;
+        let dies = self.wild && self.rng.percent(8);
+        let opened = if dies {
+            let writes = self.rng.below(16);
+            agent.disk.cut_short(writes, || recover(files, superblock))
+        } else {
+            recover(files, superblock)
+        };
+        let opened = match opened {
             Ok(opened) => opened,
             Err(e @ RecoverError::Damaged { .. }) if agent.is_damaged => return agent.refusal = Some(e.to_string()),
             Err(RecoverError::Apply { cause, .. }) if cause.kind() == io::ErrorKind::StorageFull => {
                 return self.start_agent_after(index, ms(500));
             }
+            Err(RecoverError::Io(_) | RecoverError::Apply { .. }) if dies => {
+                self.trace(|| format!("a{index} dies as it is opened"));
+                if self.rng.percent(50) {
+                    self.agents[index].disk.power_cut();
+                }
+                return self.start_agent_after(index, ms(50));
+            }
             Err(RecoverError::Io(_)) => return self.start_agent_after(index, ms(100)),
             Err(e) => panic!("a{index} cannot be opened: {e}"),
         };
         agent.life += 1;
+        agent.cuts += u64::from(opened.superblock.unsettled_seq > settled_before);
         for range in &opened.superblock.unsettled {
             // Sectors of both versions in one block: nobody flipped a bit, and it is bad all the same.
             for offset in (range.offset..range.end()).step_by(4096) {
@@ -249,6 +278,13 @@ impl World {
         let at = &mut self.agents[agent];
         let Some(process) = at.process.as_mut().filter(|_| at.life == life) else { return };
         let now = now - process.started;
+        if let ToAgent::Append(record) = &message
+            && record.header.amended
+        {
+            // What nobody can read any more is bad here, too.
+            let blocks = Amended::of(record).expect("engines send what members gave").blocks;
+            at.rotten.extend(blocks.iter().filter(|(_, bytes)| bytes.is_none()).map(|(offset, _)| offset));
+        }
         match message {
             ToAgent::Hello(hello) => process.replica.open_session(id, hello.engine, now),
             other => process.replica.handle(now, id, other),
@@ -344,8 +380,22 @@ impl World {
         let agent = &mut self.agents[index];
         let Some(process) = &mut agent.process else { return };
         match job {
+            Job::Group(job) if !job.intents.is_empty() && agent.dies_in_place.is_some() => {
+                let writes = agent.dies_in_place.take().expect("just seen");
+                agent.disk.cut_short(writes, || write_group(&agent.disk, &process.image, &job));
+                if self.wild {
+                    let (delay, power_cut) = (self.rng.within(50, 1500), self.rng.percent(50));
+                    self.kill_agent(index, power_cut);
+                    return self.start_agent_after(index, ms(delay));
+                }
+                return self.kill_agent(index, false);
+            }
             Job::Group(job) => {
                 let outcome = write_group(&agent.disk, &process.image, &job);
+                if outcome == GroupOutcome::Durable {
+                    agent.last_in_place = job.in_place().map(|record| record.header.range()).collect();
+                    agent.intents += job.intents.len() as u64;
+                }
                 process.replica.group_done(outcome);
             }
             Job::Apply(job) => {

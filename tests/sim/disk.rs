@@ -29,8 +29,10 @@ struct Faults {
     fail_next_image_sync: bool,
     /// Durable writes are cut off: the machine dies.
     torn: bool,
-    /// The process dies after so many more writes; the last of them is cut short.
+    /// The process dies after so many more writes; the last of them is cut short if it is to memory.
     writes_left: Option<u64>,
+    /// A bit flips in the next bytes that are written in place.
+    flip_next_in_place: bool,
 }
 
 #[derive(Debug)]
@@ -92,6 +94,35 @@ impl SimFile {
     /// Whether a block can be read.
     pub fn is_readable(&self, offset: usize) -> bool {
         !self.bytes.lock().unwrap().unreadable.contains(&(offset / BLOCK))
+    }
+
+    /// Writes to memory; what dies meanwhile leaves some of the `unit`s written.
+    fn write_cut_at(&self, offset: u64, data: &[u8], unit: usize) -> io::Result<()> {
+        let (mut faults, mut bytes) = self.lock();
+        let Faults { rng, full, writes_left, .. } = &mut *faults;
+        let mut outcome = Ok(());
+        let mut length = data.len();
+        if *full && self.can_be_full {
+            outcome = Err(io::ErrorKind::StorageFull.into());
+            length = rng.below(data.len() as u64 + 1) as usize;
+        }
+        if let Some(left) = writes_left {
+            match *left {
+                0 => return Err(broken()),
+                1 => {
+                    length = rng.below((data.len() / unit) as u64 + 1) as usize * unit;
+                    outcome = Err(broken());
+                }
+                _ => {}
+            }
+            *left -= 1;
+        }
+        bytes.rewrite(offset as usize, length);
+        if bytes.is_unreadable(offset as usize, length) {
+            return outcome.and(Err(broken()));
+        }
+        bytes.put(offset as usize, &data[..length], rng);
+        outcome
     }
 
     fn power_cut(&self, keep_percent: u64) {
@@ -183,36 +214,16 @@ impl RawFile for SimFile {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let (mut faults, mut bytes) = self.lock();
-        let Faults { rng, full, writes_left, .. } = &mut *faults;
-        let mut outcome = Ok(());
-        let mut length = data.len();
-        if *full && self.can_be_full {
-            outcome = Err(io::ErrorKind::StorageFull.into());
-            length = rng.below(data.len() as u64 + 1) as usize;
-        }
-        if let Some(left) = writes_left {
-            match *left {
-                0 => return Err(broken()),
-                1 => {
-                    length = rng.below(data.len() as u64 + 1) as usize;
-                    outcome = Err(broken());
-                }
-                _ => {}
-            }
-            *left -= 1;
-        }
-        bytes.rewrite(offset as usize, length);
-        if bytes.is_unreadable(offset as usize, length) {
-            return outcome.and(Err(broken()));
-        }
-        bytes.put(offset as usize, &data[..length], rng);
-        outcome
+        self.write_cut_at(offset, data, 1)
     }
 
     fn write_soon_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        // The system takes it page by page.
-        data.chunks(BLOCK).zip(0..).try_for_each(|(page, index)| self.write_at(offset + index * BLOCK as u64, page))
+        let mut data = data.to_vec();
+        let middle = data.len() / 2;
+        data[middle] ^= u8::from(std::mem::take(&mut self.faults.lock().unwrap().flip_next_in_place));
+        // The system takes it page by page; a power cut divides sectors from each other.
+        let pages = data.chunks(BLOCK).zip(0..);
+        pages.into_iter().try_for_each(|(page, index)| self.write_cut_at(offset + index * BLOCK as u64, page, SECTOR))
     }
 
     fn reserve(&self, _range: ByteRange) -> io::Result<()> {
@@ -224,6 +235,9 @@ impl RawFile for SimFile {
         assert!(offset.is_multiple_of(4096) && data.len().is_multiple_of(4096), "direct I/O goes by blocks");
         assert!(data.as_ptr().addr().is_multiple_of(4096), "direct I/O wants aligned memory");
         let (mut faults, mut bytes) = self.lock();
+        if let Some(left) = &mut faults.writes_left {
+            *left = left.checked_sub(1).ok_or_else(broken)?;
+        }
         let fails = std::mem::take(&mut faults.fail_next) || faults.torn;
         let percent = if fails { faults.rng.pick(&[0, 20, 50, 80, 100]) } else { 100 };
         for (index, sector) in data.chunks_exact(SECTOR).enumerate() {
@@ -238,6 +252,9 @@ impl RawFile for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         let (mut faults, mut bytes) = self.lock();
+        if let Some(left) = &mut faults.writes_left {
+            *left = left.checked_sub(1).filter(|left| *left > 0).ok_or_else(broken)?;
+        }
         let image_fails = self.can_be_full && std::mem::take(&mut faults.fail_next_image_sync);
         let fails = std::mem::take(&mut faults.fail_next) || faults.torn || image_fails;
         for sector in std::mem::take(&mut bytes.dirty) {
@@ -303,8 +320,15 @@ pub struct Disk {
 impl Disk {
     /// A disk with a new replica on it, in the form that `directory::create` gives it.
     pub fn format(new: &NewReplica, rng: Rng) -> Disk {
-        let faults =
-            Faults { rng, full: false, fail_next: false, fail_next_image_sync: false, torn: false, writes_left: None };
+        let faults = Faults {
+            rng,
+            full: false,
+            fail_next: false,
+            fail_next_image_sync: false,
+            torn: false,
+            writes_left: None,
+            flip_next_in_place: false,
+        };
         let faults = Arc::new(Mutex::new(faults));
         let identity = &new.identity;
         let checksum_bytes = checksum_file_bytes(identity.size_bytes).next_multiple_of(SECTOR as u64);
@@ -362,6 +386,10 @@ impl Disk {
         self.faults.lock().unwrap().fail_next_image_sync = true;
     }
 
+    pub fn flip_next_in_place(&self) {
+        self.faults.lock().unwrap().flip_next_in_place = true;
+    }
+
     /// Does `work` on a machine that dies in its midst.
     pub fn torn(&self, work: impl FnOnce()) {
         self.faults.lock().unwrap().torn = true;
@@ -370,10 +398,11 @@ impl Disk {
     }
 
     /// Does `work` in a process that dies after `writes` writes.
-    pub fn cut_short(&self, writes: u64, work: impl FnOnce()) {
+    pub fn cut_short<R>(&self, writes: u64, work: impl FnOnce() -> R) -> R {
         self.faults.lock().unwrap().writes_left = Some(writes);
-        work();
+        let outcome = work();
         self.faults.lock().unwrap().writes_left = None;
+        outcome
     }
 
     /// The machine dies: what was not made durable is lost or not.

@@ -2,6 +2,7 @@
 //! what the client sees, and what becomes of it, as the table of docs/integrity.md says.
 
 use nbdcast::volume::Notice;
+use protocol::checksum::stored_block_checksum;
 use protocol::message::{Condition, ReadOutcome};
 use protocol::{AckPolicy, RecordKind, ToAgent, ToEngine};
 
@@ -76,6 +77,10 @@ impl World {
 
     fn read_is(&mut self, token: Token) {
         assert_eq!(self.read_now(0, 0, FOUR), payload(token, 0, FOUR));
+    }
+
+    fn first_block_is(&mut self, token: Token) {
+        assert_eq!(self.read_now(0, 0, BLOCK), payload(token, 0, BLOCK));
     }
 
     fn answer_was_damaged(&self) -> bool {
@@ -219,7 +224,7 @@ fn a_write_that_changes_in_an_agents_memory_before_it_is_journaled_is_not_durabl
 
 #[test]
 fn a_write_that_changes_in_an_agents_memory_before_it_is_applied_is_not_applied() {
-    for (first, count) in [(0, FOUR), (3, 2), (5, 20)] {
+    for (first, count) in [(0, BLOCK), (3, 2), (5, 20)] {
         let (mut w, _) = written(4510, AckPolicy::All);
         let image = w.agents[1].disk.image.content();
         w.arm(1, Spot::BeforeImage);
@@ -379,7 +384,7 @@ fn a_bit_of_a_durable_record_costs_the_replica_and_that_of_the_last_is_noticed()
 
     for at in [100, -30] {
         let (mut w, first) = two_groups(4631);
-        let last = w.write(0, 0, FOUR, false);
+        let last = w.write(0, 0, BLOCK, false);
         w.done(0, last);
         w.rest();
         w.damaged_while_down(1, |w| w.rot_journal(1, last, at));
@@ -388,13 +393,64 @@ fn a_bit_of_a_durable_record_costs_the_replica_and_that_of_the_last_is_noticed()
         w.everyone_is_back(0);
         w.rest();
         w.settle_and_compare();
-        assert!(w.read_now(0, 0, FOUR) == payload(last, 0, FOUR) && first != last);
+        assert!(w.read_now(0, 0, BLOCK) == payload(last, 0, BLOCK) && first != last);
     }
     seen(
         "journal, its last group",
         "the engine: the replica holds less than it acknowledged",
         NOTHING,
         "all of the replica is copied anew",
+    );
+}
+
+#[test]
+fn a_bit_of_an_intent_costs_as_much_as_one_of_a_record() {
+    // In the checksums that it holds, and in the header before them.
+    for at in [9, -30] {
+        let (mut w, token) = written(4635, AckPolicy::Majority);
+        for first in [100, 120] {
+            let later = w.write(0, first, 8, false);
+            w.done(0, later);
+            w.rest();
+        }
+        w.damaged_while_down(1, |w| w.rot_intent(1, token, at));
+        w.is_refused(1, "the journal is damaged at record", token);
+
+        let (mut w, token) = written(4636, AckPolicy::Majority);
+        w.damaged_while_down(1, |w| w.rot_intent(1, token, at));
+        assert_eq!(w.agents[1].refusal, None, "it looks like a torn write");
+        assert!(w.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::LostData { .. }))));
+        w.everyone_is_back(0);
+        w.rest();
+        w.settle_and_compare();
+        w.read_is(token);
+    }
+    seen(
+        "journal, an intent of a large write",
+        "as any record: the agent as it opens, or the engine",
+        NOTHING,
+        "as any record: the replica is refused, or copied anew",
+    );
+}
+
+#[test]
+fn a_large_write_that_changes_on_its_way_into_the_image_is_answered_by_another_member_and_repaired() {
+    let (mut w, _) = written(4640, AckPolicy::First);
+    w.agents[0].disk.flip_next_in_place();
+    let token = w.write(0, 0, FOUR, false);
+    w.done(0, token);
+    w.rest();
+    w.agents[0].rotten.push(2 * 4096);
+    w.read_is(token);
+    assert!(w.run_until(LONG, |w| w.found_and_repaired(0, 0) == (1, 1)));
+    w.rest();
+    w.agents[0].rotten.clear();
+    w.settle_and_compare();
+    seen(
+        "agent's memory, as a large write goes to the image",
+        "the agent, by the block's checksum, when the block is read",
+        BY_ANOTHER,
+        REPAIRED,
     );
 }
 
@@ -412,7 +468,7 @@ fn a_bit_of_the_journals_header_costs_the_replica_and_one_that_nobody_reads_noth
     });
     assert_eq!(w.agents[1].refusal, None);
     w.rest();
-    w.read_is(token);
+    w.first_block_is(token);
     w.settle_and_compare();
     seen("journal, where no record is in use", "nobody, as nobody reads it", NOTHING, "written over");
 }
@@ -448,6 +504,17 @@ impl World {
         journal.rot(found.strict_add_signed(at));
     }
 
+    /// Flips a bit of the journal, counted from the checksums of the latest intent of that write.
+    fn rot_intent(&mut self, agent: usize, token: Token, at: isize) {
+        let payload = payload(token, 0, FOUR);
+        let stored = payload.chunks(4096).flat_map(|block| stored_block_checksum(block).to_le_bytes());
+        let stored: Vec<u8> = stored.collect();
+        let journal = &self.agents[agent].disk.journal;
+        let content = journal.content();
+        let found = content.windows(stored.len()).rposition(|window| window == stored).expect("the journal has it");
+        journal.rot(found.strict_add_signed(at));
+    }
+
     /// The replica is not opened, and says why; it leaves, and the others go on.
     fn is_refused(&mut self, agent: usize, words: &str, token: Token) {
         let refusal = self.agents[agent].refusal.clone().expect("it is refused");
@@ -456,13 +523,16 @@ impl World {
         let later = self.write(0, 100, 8, false);
         self.done(0, later);
         assert!(self.run_until(LONG, |w| !w.engines[0].volume.snapshot(w.now).view.contains(&name)), "it leaves");
-        self.read_is(token);
+        self.first_block_is(token);
     }
 }
 
 /// A world in which the journals have the write in a group with others behind it.
 fn two_groups(seed: u64) -> (World, Token) {
-    let (mut w, token) = written(seed, AckPolicy::Majority);
+    let (mut w, _) = written(seed, AckPolicy::Majority);
+    let token = w.write(0, 0, BLOCK, false);
+    w.done(0, token);
+    w.rest();
     for first in [100, 120] {
         let later = w.write(0, first, 8, false);
         w.done(0, later);

@@ -16,6 +16,7 @@ mod fault_point;
 mod flips;
 #[path = "../integrity_table.rs"]
 mod integrity_table;
+mod intents;
 mod net;
 mod obstacles;
 mod oracle;
@@ -75,6 +76,10 @@ struct Tally {
     returns: u64,
     repairs: u64,
     scrubs: u64,
+    intents: u64,
+    cuts: u64,
+    settlings: u64,
+    amended: u64,
 }
 
 impl Tally {
@@ -88,6 +93,10 @@ impl Tally {
         self.returns += wild::returns(world);
         self.repairs += wild::repairs(world);
         self.scrubs += world.scrubs_finished().len() as u64;
+        self.intents += world.agents.iter().map(|agent| agent.intents).sum::<u64>();
+        self.cuts += world.agents.iter().map(|agent| agent.cuts).sum::<u64>();
+        self.settlings += wild::settlings(world);
+        self.amended += world.amended;
     }
 }
 
@@ -136,12 +145,18 @@ fn random_faults_lose_nothing_and_heal() {
     let (seeds, activations, writes) = (sum(|t| t.seeds), sum(|t| t.activations), sum(|t| t.writes));
     let (reads, drops, returns) = (sum(|t| t.reads), sum(|t| t.drops), sum(|t| t.returns));
     let (zero_sectors, repairs, scrubs) = (sum(|t| t.zero_sectors), sum(|t| t.repairs), sum(|t| t.scrubs));
+    let (intents, cuts) = (sum(|t| t.intents), sum(|t| t.cuts));
+    let (settlings, amended) = (sum(|t| t.settlings), sum(|t| t.amended));
+    println!(
+        "{intents} writes in place, {cuts} logs cut off, {settlings} times something was settled, {amended} records amended"
+    );
     println!(
         "{seeds} seeds: {activations} activations, {writes} writes, {reads} reads, {zero_sectors} sectors called zero, {drops} drops, {returns} returns, {repairs} repairs, {scrubs} scrubs"
     );
     // A simulation in which nothing happens proves nothing.
     assert_eq!(seeds, count);
     assert!(activations > count && writes > count * 20 && reads > count * 10 && returns * 4 > count);
+    assert!(intents > count * 20 && cuts * 20 > count && settlings * 50 > count && amended * 50 > count);
     assert!(zero_sectors > count * 10 && repairs * 4 > count && scrubs > count * 2);
 }
 

@@ -73,7 +73,7 @@ fn heal(world: &mut World) {
     for agent in 0..world.agents.len() {
         let at = &mut world.agents[agent];
         at.disk.heal();
-        at.dies_at_checkpoint = None;
+        (at.dies_at_checkpoint, at.dies_in_place) = (None, None);
         (at.stalled_until, at.cut_off_until) = (Time::ZERO, Time::ZERO);
         world.severed.clear();
         world.start_agent(agent);
@@ -242,7 +242,20 @@ impl World {
             72..75 => self.damage(agent),
             75..82 => self.ask_for_resync(agent),
             82..86 => self.agents[any].dies_at_checkpoint = Some(self.rng.percent(60)),
+            86..89 => self.agents[any].dies_in_place = Some(self.rng.below(12)),
+            89..91 => self.plan_deaths_in_place(),
             _ => self.draw_engine_fault(time),
+        }
+    }
+
+    /// All that write in place next die in it, and so does the engine.
+    fn plan_deaths_in_place(&mut self) {
+        for agent in 0..self.agents.len() {
+            self.agents[agent].dies_in_place = Some(self.rng.below(12));
+        }
+        for engine in (0..self.engines.len()).filter(|e| self.engines[*e].alive).collect::<Vec<_>>() {
+            let delay = self.rng.within(1, 60);
+            self.after(ms(delay), Happening::KillEngine { engine });
         }
     }
 
@@ -301,7 +314,8 @@ impl World {
     }
 
     /// Some blocks of a replica go bad: not those that nobody else has. A replay after a crash cannot tell a flipped bit in
-    /// a block that a record changes in part, so that bits flip only where records are of whole blocks.
+    /// a block that a record changes in part, so that bits flip only where records are of whole blocks; and where the last group
+    /// has intents, it counts because of their blocks.
     fn damage(&mut self, agent: usize) {
         let engine = (0..self.engines.len()).rfind(|e| self.engines[*e].is_serving());
         let others: Vec<usize> = match engine {
@@ -314,6 +328,10 @@ impl World {
             let block = self.rng.below(self.setup.size_bytes / 4096) * 4096;
             let flips = self.setup.whole_blocks && self.rng.percent(60);
             let offset = block + self.rng.below(4096);
+            let proves = |range: &ByteRange| range.shares_block(ByteRange { offset: block, length: 1 });
+            if self.agents[agent].last_in_place.iter().any(proves) {
+                continue;
+            }
             if !others.iter().any(|other| self.is_good(*other, block)) {
                 continue;
             }
@@ -367,6 +385,11 @@ pub fn returns(world: &World) -> u64 {
         }
     }
     count
+}
+
+/// How often an engine settled what a crash had left unsettled.
+pub fn settlings(world: &World) -> u64 {
+    world.notices.iter().filter(|n| matches!(n, Notice::Settling { .. })).count() as u64
 }
 
 /// How many bad blocks became good again.

@@ -147,6 +147,8 @@ pub struct World {
     pub hot_first: u64,
     /// Every record that was ever sent, by epoch and place.
     pub records: BTreeMap<(u64, u64), Record>,
+    /// How many records were sent as later ones left them.
+    pub amended: u64,
     /// Bytes that engines sent to syncing replicas.
     pub copied_bytes: u64,
     pub notices: Vec<Notice>,
@@ -194,6 +196,7 @@ impl World {
             next_token: 1,
             hot_first: 0,
             records: BTreeMap::new(),
+            amended: 0,
             copied_bytes: 0,
             notices: Vec::new(),
             unreadable_frames: 0,

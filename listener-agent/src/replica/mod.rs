@@ -47,7 +47,7 @@ use protocol::message::{
 };
 use protocol::quorum::AckPolicies;
 use protocol::ranges::ByteRange;
-use protocol::record::{DirtyChange, Resize, ViewChange};
+use protocol::record::{Amended, DirtyChange, Resize, ViewChange};
 use protocol::{BLOCK_BYTES, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, ToEngine};
 
 use crate::image::is_size_allowed;
@@ -705,6 +705,7 @@ fn check_payload_shape(record: &Record) -> Result<(), Malformed> {
         RecordKind::ViewChange => ViewChange::decode(&record.payload).map(drop),
         RecordKind::DirtyChange => DirtyChange::decode(&record.payload).map(drop),
         RecordKind::Resize => Resize::decode(&record.payload).map(drop),
+        RecordKind::Write if record.header.amended => Amended::of(record).map(drop),
         RecordKind::Write | RecordKind::Trim | RecordKind::WriteZeroes => Ok(()),
     }
 }

@@ -1,0 +1,219 @@
+//! Large writes that go to the image without going through the journal, told as stories: crashes at every point of one, what
+//! a replay must leave alone, and what is settled before a volume serves again.
+
+use nbdcast::volume::{Answer, Notice};
+use protocol::AckPolicy;
+
+use crate::check;
+use crate::oracle::{Token, payload};
+use crate::scenario::{LONG, serving};
+use crate::wild::settlings;
+use crate::world::{Setup, World, ms};
+
+const BLOCK: usize = 8;
+/// Sectors of a large write.
+const LARGE: usize = 4 * BLOCK;
+/// Writes of a large one: of its group, of each block, and to make them durable.
+const WRITES: u64 = 1 + 4 + 1;
+
+/// A world in which a large write was acknowledged.
+fn written(setup: Setup) -> (World, Token) {
+    let mut w = serving(setup);
+    let token = w.write(0, 0, LARGE, false);
+    w.done(0, token);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    assert!(w.agents.iter().all(|agent| agent.intents > 0), "it was written in place");
+    (w, token)
+}
+
+impl World {
+    /// A large write is given out, and these agents die after so many writes of it; then so does the engine.
+    fn die_in_place(&mut self, deaths: &[(usize, u64)]) -> Token {
+        for (agent, writes) in deaths {
+            self.agents[*agent].dies_in_place = Some(*writes);
+        }
+        let engine = self.engines.len() - 1;
+        let token = self.write(engine, 0, LARGE, false);
+        let is_dead = |w: &World, agent: usize| w.agents[agent].process.is_none();
+        assert!(self.run_until(LONG, |w| deaths.iter().all(|(agent, _)| is_dead(w, *agent))));
+        self.kill_engine(engine);
+        token
+    }
+
+    /// Waits until every replica is a member and holds all.
+    fn all_are_equal(&mut self, engine: usize) {
+        let are_equal = |w: &World| w.view(engine) == "a b c" && check::is_quiet(w, engine);
+        assert!(self.run_until(LONG * 6, are_equal), "only {} are back", self.view(engine));
+    }
+
+    /// How many blocks hold what each of two writes left there, and how many cannot be read.
+    fn blocks_of(&mut self, engine: usize, tokens: [Token; 2]) -> [usize; 3] {
+        let mut counts = [0, 0, 0];
+        for block in 0..4 {
+            let read = self.read(engine, block * BLOCK, BLOCK);
+            assert!(self.run_until(LONG, |w| w.answer(engine, read).is_some()));
+            let which = match self.answer(engine, read).unwrap() {
+                Ok(Answer::Data(found)) => {
+                    let is_of = |token: &Token| *found == payload(*token, block * BLOCK, BLOCK);
+                    tokens.iter().position(is_of).unwrap_or_else(|| panic!("block {block} is of no write"))
+                }
+                Ok(other) => panic!("a read is answered with {other:?}"),
+                Err(_) => 2,
+            };
+            counts[which] += 1;
+        }
+        counts
+    }
+}
+
+#[test]
+fn a_crash_at_any_point_of_a_large_write_leaves_each_block_as_before_or_as_after_it() {
+    for (writes, replicas) in (0..=WRITES).flat_map(|writes| [(writes, 1), (writes, 3)]) {
+        for seed in 5000..5010 {
+            let (mut w, before) = written(Setup { replicas, ..Setup::quiet(seed, AckPolicy::All) });
+            // The others get nothing of it.
+            (1..replicas).for_each(|agent| w.kill_agent(agent, false));
+            let token = w.die_in_place(&[(0, writes)]);
+            assert!(w.answer(0, token).is_none());
+            (0..replicas).for_each(|agent| w.start_agent(agent));
+            let e = w.next_engine();
+            let found @ [old, new, torn] = w.blocks_of(e, [before, token]);
+            let expected = match writes {
+                0 | 1 => 0..=0,
+                // All of it is there.
+                WRITES.. => 4..=4,
+                // Those that have nothing of it stand for the volume.
+                2.. if replicas > 1 => 0..=0,
+                // Of the last block so written it is chance how much was.
+                2.. => (writes as usize - 2)..=(writes as usize - 1),
+            };
+            // By chance the last block is whole, and with it the write.
+            let is_whole = writes == WRITES - 1 && new == 4;
+            assert!((expected.contains(&new) || is_whole) && old + new + torn == 4, "{found:?} after {writes} writes");
+            assert!(torn == 0 || (torn == 1 && replicas == 1), "{found:?} after {writes} writes");
+            w.settle_and_compare();
+            w.kill_engine(e);
+            let e = w.next_engine();
+            assert_eq!(w.blocks_of(e, [before, token]), found, "what was read once stays");
+            w.settle_and_compare();
+        }
+    }
+}
+
+#[test]
+fn an_acknowledged_large_write_survives_a_power_cut_of_everything() {
+    for seed in 5020..5040 {
+        let (mut w, _) = written(Setup::quiet(seed, AckPolicy::First));
+        let token = w.write(0, 0, LARGE, false);
+        w.done(0, token);
+        (0..3).for_each(|agent| w.kill_agent(agent, true));
+        w.kill_engine(0);
+        (0..3).for_each(|agent| w.start_agent(agent));
+        let e = w.next_engine();
+        assert_eq!(w.read_now(e, 0, LARGE), payload(token, 0, LARGE));
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn a_replay_leaves_alone_what_later_large_writes_wrote_and_does_again_what_came_after_them() {
+    for seed in 5040..5050 {
+        let mut w = serving(Setup::quiet(seed, AckPolicy::All));
+        let mut expected = vec![0; (LARGE + 2 * BLOCK) * 512];
+        // Around and within the large ones, whole blocks and parts of some, none of it in a checkpoint.
+        let writes =
+            [(3, 2), (0, BLOCK), (BLOCK, LARGE), (LARGE - 4, 12), (0, LARGE), (5, 2), (0, LARGE), (BLOCK + 1, 9)];
+        for (first, count) in writes {
+            let token = w.write(0, first, count, false);
+            w.done(0, token);
+            assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+            expected[first * 512..(first + count) * 512].copy_from_slice(&payload(token, first, count));
+        }
+        assert!(w.agents.iter().all(|agent| agent.intents == 3));
+        (0..3).for_each(|agent| w.kill_agent(agent, seed % 2 == 0));
+        w.kill_engine(0);
+        (0..3).for_each(|agent| w.start_agent(agent));
+        let e = w.next_engine();
+        assert!(w.read_now(e, 0, LARGE + 2 * BLOCK) == expected, "seed {seed}");
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn blocks_that_members_left_differently_are_chosen_once_and_for_all() {
+    for seed in 5060..5080 {
+        let (mut w, before) = written(Setup::quiet(seed, AckPolicy::Majority));
+        let token = w.die_in_place(&[(0, 1), (1, 3), (2, 4)]);
+        // Two of them start; the third returns later, with more of the write than was chosen.
+        w.start_agent(0);
+        w.start_agent(1);
+        let e = w.next_engine();
+        assert!(settlings(&w) > 0);
+        let chosen = w.blocks_of(e, [before, token]);
+        w.start_agent(2);
+        w.all_are_equal(e);
+        assert_eq!(w.blocks_of(e, [before, token]), chosen);
+        w.settle_and_compare();
+        // Each of them alone tells the same.
+        for gone in 0..3 {
+            w.kill_agent(gone, false);
+            let e = w.engines.len() - 1;
+            w.kill_engine(e);
+            let e = w.next_engine();
+            assert_eq!(w.blocks_of(e, [before, token]), chosen);
+            w.start_agent(gone);
+            w.all_are_equal(e);
+        }
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn an_engine_that_dies_while_it_settles_has_chosen_nothing() {
+    for seed in 5080..5100 {
+        let (mut w, before) = written(Setup::quiet(seed, AckPolicy::All));
+        let token = w.die_in_place(&[(0, 3), (1, 1), (2, 4)]);
+        (0..3).for_each(|agent| w.start_agent(agent));
+        let e = w.start_engine(true);
+        assert!(w.run_until(LONG, |w| settlings(w) > 0));
+        w.run_for(ms(seed % 10));
+        w.kill_engine(e);
+        let e = w.next_engine();
+        let chosen = w.blocks_of(e, [before, token]);
+        w.settle_and_compare();
+        w.kill_engine(e);
+        let e = w.next_engine();
+        assert_eq!(w.blocks_of(e, [before, token]), chosen);
+    }
+}
+
+#[test]
+fn a_member_that_dies_in_a_large_write_of_an_engine_that_lives_gets_it_again_and_has_lost_nothing() {
+    for writes in 0..=WRITES {
+        let (mut w, _) = written(Setup::quiet(5100 + writes, AckPolicy::First));
+        w.agents[1].dies_in_place = Some(writes);
+        let token = w.write(0, 0, LARGE, false);
+        w.done(0, token);
+        assert!(w.run_until(LONG, |w| w.agents[1].process.is_none()));
+        w.start_agent(1);
+        assert!(w.run_until(LONG, |w| check::is_quiet(w, 0) && w.view(0) == "a b c"));
+        assert!(!w.notices.iter().any(|n| matches!(n, Notice::LostData { .. })));
+        assert_eq!(w.read_now(0, 0, LARGE), payload(token, 0, LARGE));
+        assert_eq!(w.agents[1].replica().superblock().unsettled, []);
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn where_the_image_has_no_room_large_writes_go_through_the_journal() {
+    let (mut w, _) = written(Setup::quiet(5120, AckPolicy::All));
+    let intents = w.agents[1].intents;
+    w.agents[1].disk.set_full(true);
+    let token = w.write(0, 0, LARGE, false);
+    w.done(0, token);
+    assert_eq!(w.agents[1].intents, intents);
+    w.agents[1].disk.set_full(false);
+    assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+    assert_eq!(w.read_now(0, 0, LARGE), payload(token, 0, LARGE));
+    w.settle_and_compare();
+}
