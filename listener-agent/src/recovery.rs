@@ -140,6 +140,9 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
     superblock.clean = false;
     superblock.write(files.superblock.as_ref())?;
     if let Some((group, _)) = &found.cut {
+        // Nothing else says what is unsettled, once the group is gone: both slots do.
+        superblock.write_count += 1;
+        superblock.write(files.superblock.as_ref())?;
         erase_group(files.journal.as_ref(), group.offset)?;
     }
     Ok(OpenReplica { files, image, superblock, ring: recovered.ring, durable, dirty })

@@ -3,6 +3,7 @@
 //!
 //! `crashed` was never checkpointed: its records are in the journal alone, its image and checksums are still zeroes.
 //! `clean` was closed in good order. Both hold the same records, so one story is told of both, whatever their version.
+//! `in_place`, from version 2 on, crashed after a large write had gone to the image, and nothing else had.
 //!
 //! When the format version rises, `NBDCAST_WRITE_FIXTURES=1 cargo test -p listener-agent --test formats` writes the
 //! fixtures of the new version; those of earlier versions are never written again.
@@ -130,8 +131,31 @@ fn content() -> Vec<u8> {
     bytes
 }
 
-/// Makes a replica in `dir`, as this release does, that holds [`records`] durably.
-fn make(dir: &Path, closed_in_good_order: bool) {
+/// Records of which one is journaled as an intent, and one changes a part of what that wrote.
+fn records_in_place() -> Vec<Record> {
+    let parts = [
+        (RecordKind::EpochStart, 0, AckPolicies { write: AckPolicy::First, flush: AckPolicy::All }.encode().to_vec()),
+        (RecordKind::Write, 5000, payload()),
+        (RecordKind::Write, IN_PLACE, large()),
+        (RecordKind::Write, IN_PLACE + 4000, payload()),
+    ];
+    let record = |(seq, (kind, offset, payload)): (u64, (RecordKind, u64, Vec<u8>))| {
+        let length = if kind == RecordKind::Write { payload.len() as u64 } else { 0 };
+        let position = Position { epoch: Epoch(1), seq: Seq(seq) };
+        Record::new(position, kind, ByteRange { offset, length }, payload.into())
+    };
+    (1..).zip(parts).map(record).collect()
+}
+
+/// Where the large write goes.
+const IN_PLACE: u64 = 16_384;
+
+fn large() -> Vec<u8> {
+    (0..8192_u32).map(|i| (i * 7 % 241) as u8).collect()
+}
+
+/// Makes a replica in `dir`, as this release does, that holds these records durably.
+fn make(dir: &Path, records: Vec<Record>, closed_in_good_order: bool) {
     let identity = Identity {
         uuid: VolumeUuid([0x5a; 16]),
         volume: "fixture".parse().expect("a name"),
@@ -156,7 +180,6 @@ fn make(dir: &Path, closed_in_good_order: bool) {
     };
     session.send([ToAgent::Promise { epoch: Epoch(1), engine, lease_ms: 3000 }], SmallReads::AtOnce);
     wait_for(&|message| matches!(message, ToEngine::Promised(_)));
-    let records = records();
     let last = Seq(records.len() as u64);
     session.send(records.into_iter().map(ToAgent::Append), SmallReads::AtOnce);
     wait_for(&|message| *message == ToEngine::Durable { seq: last });
@@ -168,7 +191,7 @@ fn make(dir: &Path, closed_in_good_order: bool) {
 fn write_fixtures() {
     for (story, clean) in [("crashed", false), ("clean", true)] {
         let place = tempfile::tempdir().expect("temporary directory");
-        make(place.path(), clean);
+        make(place.path(), records(), clean);
         let kept = fixtures().join(format!("v{FORMAT_VERSION}")).join(story);
         fs::create_dir_all(&kept).expect("a directory for the fixture");
         for (name, _) in files(clean) {
@@ -178,6 +201,18 @@ fn write_fixtures() {
             fs::write(kept.join(name), to_text(&bytes)).expect("a fixture");
         }
     }
+    let place = tempfile::tempdir().expect("temporary directory");
+    make(place.path(), records_in_place(), false);
+    let kept = fixtures().join(format!("v{FORMAT_VERSION}")).join("in_place");
+    fs::create_dir_all(&kept).expect("a directory for the fixture");
+    for name in [SUPERBLOCK, JOURNAL] {
+        let bytes = fs::read(place.path().join(name)).expect("a file");
+        fs::write(kept.join(name), to_text(&bytes)).expect("a fixture");
+    }
+    let mut image = vec![0; SIZE_BYTES as usize];
+    image[IN_PLACE as usize..][..large().len()].copy_from_slice(&large());
+    fs::write(kept.join(IMAGE), to_text(&image)).expect("a fixture");
+    [CHECKSUMS, DIRTY].iter().for_each(|name| fs::write(kept.join(name), "").expect("a fixture"));
 }
 
 /// The replica of a fixture, in a directory of its own.
@@ -237,6 +272,25 @@ fn replicas_of_every_released_version_can_be_read() {
             let replayed = inspect::verify(place.path(), &mut |_, _| {}).expect("it can be verified");
             assert_eq!(replayed.bad, []);
         }
+    }
+}
+
+#[test]
+fn an_intent_of_every_version_that_has_some_is_found_in_the_image() {
+    let versions: Vec<PathBuf> = versions().into_iter().filter(|version| version.join("in_place").exists()).collect();
+    assert!(!versions.is_empty());
+    for version in versions {
+        let place = replica(&version.join("in_place"), false);
+        let journal = fs::read(place.path().join(JOURNAL)).expect("the journal");
+        assert!(!journal.windows(100).any(|window| window == &large()[..100]), "its bytes are in the image alone");
+        let report = inspect::inspect(place.path()).expect("it can be inspected");
+        assert_eq!((report.journal.records, report.position.seq), (4, Seq(4)));
+        drop(directory::open(place.path()).expect("it can be opened"));
+        let image = fs::read(place.path().join(IMAGE)).expect("the image");
+        let mut expected = large();
+        expected[4000..4600].copy_from_slice(&payload());
+        assert!(image[IN_PLACE as usize..][..expected.len()] == expected && image[5000..5600] == payload());
+        assert_eq!(inspect::verify(place.path(), &mut |_, _| {}).expect("it can be verified").bad, []);
     }
 }
 
