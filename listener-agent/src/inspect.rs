@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use protocol::quorum::AckPolicies;
+use protocol::ranges::ByteRange;
 use protocol::{Epoch, EpochHistory, Position, RecordKind, Seq, ViewState};
 use serde::Serialize;
 
@@ -15,10 +16,12 @@ use crate::dirty_file;
 use crate::disk::ReplicaFiles;
 use crate::image::Image;
 use crate::journal::capacity_bytes;
+use crate::journal::group::Entry;
 use crate::journal::recover::{RecoverError, Recovered, scan};
 use crate::recovery;
 use crate::replica::dirty::DirtyCount;
 use crate::replica::note_durable;
+use crate::replica::unsettled::unsettle;
 use crate::superblock::Superblock;
 
 pub use verify::{BadBlock, Fault, VerifyReport, verify};
@@ -85,6 +88,8 @@ pub struct InspectReport {
     pub acks: Option<AckPolicies>,
     /// Whether the replica is being copied to.
     pub syncing: bool,
+    /// Bytes that a crash in the midst of a large write may have left ahead of the log: the next engine settles them.
+    pub unsettled_bytes: u64,
     /// Whether it was closed in good order.
     pub clean: bool,
     /// How often it was opened.
@@ -148,6 +153,9 @@ impl fmt::Display for InspectReport {
         let closed = if self.clean { "yes" } else { "no (the next start replays the journal)" };
         writeln!(f, "clean       {closed}")?;
         write!(f, "syncing     {}", if self.syncing { "yes" } else { "no" })?;
+        if self.unsettled_bytes > 0 {
+            write!(f, "\nunsettled   {} bytes (the next engine settles them)", self.unsettled_bytes)?;
+        }
         self.tracked.iter().try_for_each(|tracked| {
             let TrackedReport { replica, acknowledged, dirty_bytes } = tracked;
             write!(
@@ -169,15 +177,18 @@ fn open(dir: &Path) -> Result<Opened, DirectoryError> {
     Ok(Opened { superblock, files })
 }
 
+/// Goes through what counts of the journal; gives what does not, too.
 fn scan_journal(
     dir: &Path,
     opened: &Opened,
     on_record: &mut dyn FnMut(&protocol::Record) -> std::io::Result<()>,
-) -> Result<Recovered, InspectError> {
+) -> Result<(Recovered, Vec<ByteRange>), InspectError> {
     let found = recovery::find(&opened.files, &Image::new(&opened.files), &opened.superblock);
-    found
-        .and_then(|found| scan(opened.files.journal.as_ref(), found.start, &mut |entry| on_record(&entry.record)))
-        .map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
+    let scanned = found.and_then(|found| {
+        let on_entry = &mut |entry: Entry| on_record(&entry.record);
+        Ok((scan(opened.files.journal.as_ref(), found.start, on_entry)?, found.cut_off().collect()))
+    });
+    scanned.map_err(|cause| InspectError::Journal { path: dir.join(JOURNAL), cause })
 }
 
 /// Reads who the replica in `dir` is and where it stands.
@@ -191,7 +202,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
     let mut dirty = dirty_file::load(dirty_file, &superblock)
         .map_err(|cause| InspectError::Image { path: dir.join(DIRTY), cause })?;
     let mut position = checkpoint;
-    let recovered = scan_journal(dir, &opened, &mut |record| {
+    let (recovered, cut_off) = scan_journal(dir, &opened, &mut |record| {
         position = record.header.position();
         note_durable(&mut superblock, &mut dirty, record).map_err(std::io::Error::other)?;
         journal.records += 1;
@@ -203,6 +214,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
         }
         Ok(())
     })?;
+    unsettle(&mut superblock, cut_off.into_iter());
     journal.used_bytes = recovered.ring.used_bytes();
     journal.first = recovered.ring.first();
     let identity = superblock.identity;
@@ -217,6 +229,7 @@ pub fn inspect(dir: &Path) -> Result<InspectReport, InspectError> {
         history: superblock.history,
         acks: superblock.acks,
         syncing: superblock.syncing,
+        unsettled_bytes: superblock.unsettled.iter().map(|range| range.length).sum(),
         clean: superblock.clean,
         generation: superblock.generation,
         journal,

@@ -88,6 +88,11 @@ pub(crate) fn find(files: &ReplicaFiles, image: &Image, superblock: &Superblock)
 }
 
 impl Found {
+    /// What the intents that do not count may have written.
+    pub(crate) fn cut_off(&self) -> impl Iterator<Item = ByteRange> {
+        self.cut.iter().flat_map(|(_, intents)| intents).map(|intent| intent.header.range())
+    }
+
     /// Whether the last group, of which these are the intents, counts.
     fn judge(&mut self, image: &Image, group: LastGroup, intents: Vec<LastIntent>) {
         let bytes = intents.iter().map(|intent| image.holds(intent.header.offset, &intent.stored));
@@ -216,6 +221,6 @@ pub(crate) fn changed_since_checkpoint(
         }
         Ok(())
     })?;
-    changed.extend(found.cut.iter().flat_map(|(_, intents)| intents).map(|intent| intent.header.range()));
+    changed.extend(found.cut_off());
     Ok(merge_in_units(changed, BLOCK_BYTES))
 }

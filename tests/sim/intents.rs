@@ -217,3 +217,31 @@ fn where_the_image_has_no_room_large_writes_go_through_the_journal() {
     assert_eq!(w.read_now(0, 0, LARGE), payload(token, 0, LARGE));
     w.settle_and_compare();
 }
+
+#[test]
+fn a_group_that_was_cut_off_is_not_found_again_where_the_one_in_its_place_went_to_the_start_of_the_ring() {
+    for groups in 0..40 {
+        let (mut w, _) = written(Setup { size_bytes: 256 << 10, ..Setup::quiet(5140, AckPolicy::All) });
+        for _ in 0..groups {
+            let token = w.write(0, 200, BLOCK, false);
+            w.done(0, token);
+        }
+        assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)));
+        w.agents[1].dies_in_place = Some(1);
+        let large = w.write(0, 0, LARGE, false);
+        assert!(w.run_until(LONG, |w| w.agents[1].process.is_none()));
+        // It comes again with its bytes, so that somewhere it does not fit where the intent was.
+        w.start_agent(1);
+        w.agents[1].disk.set_full(true);
+        w.done(0, large);
+        w.agents[1].disk.set_full(false);
+        let later = w.write(0, 100, BLOCK, false);
+        w.done(0, later);
+        w.kill_agent(1, false);
+        w.start_agent(1);
+        assert!(w.run_until(LONG, |w| check::is_quiet(w, 0)), "after {groups} groups");
+        assert!(w.read_now(0, 0, LARGE) == payload(large, 0, LARGE));
+        assert_eq!(w.view(0), "a b c", "after {groups} groups");
+        w.settle_and_compare();
+    }
+}
