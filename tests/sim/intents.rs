@@ -245,3 +245,40 @@ fn a_group_that_was_cut_off_is_not_found_again_where_the_one_in_its_place_went_t
         w.settle_and_compare();
     }
 }
+
+#[test]
+fn a_member_that_got_a_record_as_later_ones_left_it_does_not_differ_from_others_at_that_place() {
+    let mut ahead = 0;
+    for seed in 5200..5240 {
+        let (mut w, _) = written(Setup::quiet(seed, AckPolicy::Majority));
+        // a and b have the large write, a alone what changes a part of it, c neither.
+        w.kill_agent(2, false);
+        let large = w.write(0, 0, LARGE, false);
+        w.done(0, large);
+        let place = w.durable(0);
+        assert!(w.run_until(LONG, |w| w.durable(1) == place));
+        w.kill_agent(1, false);
+        let later = w.write(0, 0, BLOCK, false);
+        assert!(w.run_until(LONG, |w| w.durable(0) > place));
+        w.kill_engine(0);
+        // c gets both from a, and all but c die when it has the first.
+        w.start_agent(2);
+        let e = w.start_engine(true);
+        assert!(w.run_until(LONG, |w| w.durable(2) == place));
+        w.kill_engine(e);
+        w.kill_agent(0, false);
+        w.kill_agent(2, false);
+        w.start_agent(2);
+        ahead += u64::from(w.durable(2) == place && w.amended > 0);
+        w.start_agent(1);
+        let e = w.next_engine();
+        let [old, new, _] = w.blocks_of(e, [large, later]);
+        assert!(old + new == 4 && old >= 3);
+        w.settle_and_compare();
+        w.start_agent(0);
+        w.all_are_equal(e);
+        assert_eq!(w.blocks_of(e, [large, later]), [old, new, 0]);
+        w.settle_and_compare();
+    }
+    assert!(ahead > 5, "c was ahead of its log {ahead} times");
+}

@@ -145,6 +145,7 @@ impl Replica {
         superblock.stable = Seq(0);
         superblock.tracked = dirty::unknown(&others, position.seq, generation, begin.size_bytes);
         superblock.tracked_seq = position.seq;
+        superblock.unsettled_seq = position.seq;
         let grows = begin.size_bytes > self.applied_size;
         let grow = grows.then_some(Growth { from: self.applied_size, to: begin.size_bytes });
         MetadataJob { purpose: Purpose::Begin, grow, sync_image: true, dirty_pages: Vec::new(), superblock }
