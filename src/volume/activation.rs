@@ -240,8 +240,9 @@ impl<T> Volume<T> {
         let found = promised.position;
         let end = Position { epoch: self.epoch, seq: log.last() };
         let at = &mut self.peers[peer];
-        // What it left unsettled is of records that it will get again.
-        let unsettled = log.ranges_after(found.seq).fold(promised.unsettled.clone(), outside);
+        // What it left unsettled is of records that it will get again, or was so before and could not be settled.
+        let known = log.ranges_after(found.seq).chain(self.unsettled_for_good.iter().copied());
+        let unsettled = known.fold(promised.unsettled.clone(), outside);
         let same_history =
             self.history.has_prefix(found, end) && log.holds_all_after(found.seq) && unsettled.is_empty();
         if found.seq < at.durable || !same_history {

@@ -99,6 +99,8 @@ pub struct Volume<T> {
     history: EpochHistory,
     /// The first record of this epoch.
     epoch_start: Seq,
+    /// What was unsettled at the start and stays so, as nobody had a sound copy of it.
+    unsettled_for_good: Vec<ByteRange>,
     /// As of the last record given out.
     views: Option<ViewState>,
     /// Replicas out of the view, and up to where members know each to hold everything.
@@ -184,6 +186,7 @@ impl<T> Volume<T> {
             epoch: Epoch(0),
             history: EpochHistory::default(),
             epoch_start: Seq(0),
+            unsettled_for_good: Vec::new(),
             views: None,
             tracked: BTreeMap::new(),
             stable_survey: None,

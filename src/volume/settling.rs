@@ -45,6 +45,8 @@ pub(super) struct Settling {
     /// What is to be read yet; the first one is being read.
     parts: VecDeque<Part>,
     asked: Option<Asked>,
+    /// What nobody has a sound copy of.
+    lost: Vec<ByteRange>,
     /// What was read, with its CRC-32.
     read: Vec<(ByteRange, Bytes, u32)>,
 }
@@ -68,7 +70,7 @@ impl Settling {
                 offset += length;
             }
         }
-        Settling { members, parts, asked: None, read: Vec::new() }
+        Settling { members, parts, asked: None, lost: Vec::new(), read: Vec::new() }
     }
 
     /// Bytes that are to be read.
@@ -92,8 +94,7 @@ impl Settling {
                 return Some((*peer, part.range));
             }
             if part.late.is_empty() {
-                // Nobody has a sound copy.
-                self.parts.pop_front();
+                self.lost.extend(self.parts.pop_front().map(|part| part.range));
             } else {
                 part.late.clear();
             }
@@ -159,6 +160,7 @@ impl<T> Volume<T> {
 
     /// Gives out what was read, as records; returns the last.
     pub(super) fn give_out_settled(&mut self, now: Time, settling: Settling) -> Option<Seq> {
+        self.unsettled_for_good = settling.lost;
         let records = settling.read.into_iter().map(|(range, data, crc)| {
             let record = Record::carrying(self.next_position(), RecordKind::Write, range, data, crc);
             self.append_record(now, record)
@@ -217,6 +219,7 @@ mod tests {
         settling.on_answer(5, &data(BLOCK));
         assert!(settling.is_done());
         assert_eq!(settling.read.iter().map(|(range, ..)| *range).collect::<Vec<_>>(), [range(BLOCK, BLOCK)]);
+        assert_eq!(settling.lost, [range(0, BLOCK)]);
     }
 
     #[test]

@@ -282,3 +282,25 @@ fn a_member_that_got_a_record_as_later_ones_left_it_does_not_differ_from_others_
     }
     assert!(ahead > 5, "c was ahead of its log {ahead} times");
 }
+
+#[test]
+fn a_torn_block_that_nobody_has_sound_does_not_cost_the_only_replica_when_its_connection_breaks() {
+    let mut torn_blocks = 0;
+    for seed in 5260..5270 {
+        let (mut w, before) = written(Setup { replicas: 1, ..Setup::quiet(seed, AckPolicy::First) });
+        let token = w.die_in_place(&[(0, 3)]);
+        w.start_agent(0);
+        let e = w.next_engine();
+        let [_, _, torn] = w.blocks_of(e, [before, token]);
+        torn_blocks += torn;
+        w.conns_of_agent(0).into_iter().for_each(|conn| w.cut(conn, false));
+        w.run_for(ms(500));
+        let again = w.write(e, 0, LARGE, false);
+        w.done(e, again);
+        assert!(w.read_now(e, 0, LARGE) == payload(again, 0, LARGE));
+        assert!(!w.notices.iter().any(|n| matches!(n, Notice::LostData { .. })));
+        w.agents[0].rotten.clear();
+        w.settle_and_compare();
+    }
+    assert!(torn_blocks > 3, "{torn_blocks} blocks were torn");
+}
