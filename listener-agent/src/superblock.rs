@@ -18,7 +18,7 @@ use std::io;
 use bytes::{BufMut, BytesMut};
 use protocol::checksum::crc32_of_two;
 use protocol::cursor::{self, Malformed, Reader};
-use protocol::message::EngineId;
+use protocol::message::{EngineId, UNSETTLED_MAX};
 use protocol::quorum::AckPolicies;
 use protocol::ranges::{ByteRange, DIRTY_UNIT_BYTES};
 use protocol::{BLOCK_BYTES, Epoch, EpochHistory, Position, ReplicaName, Seq, ViewState, VolumeUuid};
@@ -55,9 +55,6 @@ pub struct Identity {
 
 /// The most replicas out of the view of which dirty bitmaps are kept.
 pub const TRACKED_MAX: usize = 16;
-
-/// The most ranges that a superblock names as unsettled: 32 KiB of it.
-pub const UNSETTLED_MAX: usize = 2048;
 
 /// What a superblock says of a replica out of the view. Its bitmaps are in the pages of its slot.
 #[derive(Clone, Debug, PartialEq, Eq)]

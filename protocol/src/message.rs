@@ -406,6 +406,9 @@ pub struct Promised {
     pub unsettled: Vec<ByteRange>,
 }
 
+/// The most ranges that a replica names as unsettled: as many as a frame has room for beside the longest history.
+pub const UNSETTLED_MAX: usize = 512;
+
 /// Why a session is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
@@ -835,6 +838,11 @@ fn decode_welcome(r: &mut Reader<'_>) -> Result<Welcome, Malformed> {
     Ok(Welcome { other_engine_ms_ago: is_some.then_some(ms), ..welcome })
 }
 
+fn decode_unsettled(r: &mut Reader<'_>) -> Result<Vec<ByteRange>, Malformed> {
+    let ranges = r.ranges("unsettled ranges")?;
+    if ranges.len() <= UNSETTLED_MAX { Ok(ranges) } else { Err(Malformed { field: "unsettled ranges" }) }
+}
+
 fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
     Ok(Promised {
         epoch: Epoch(r.u64("epoch")?),
@@ -848,7 +856,7 @@ fn decode_promised(r: &mut Reader<'_>) -> Result<Promised, Malformed> {
         stable: Seq(r.u64("stable")?),
         tracked: decode_tracked(r)?,
         lease_remaining_ms: r.u32("lease")?,
-        unsettled: r.ranges("unsettled ranges")?,
+        unsettled: decode_unsettled(r)?,
     })
 }
 

@@ -163,18 +163,19 @@ fn frame(number: u8, encode_body: impl FnOnce(&mut BytesMut) -> Bytes) -> Frame 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::REPLICAS_MAX;
     use crate::checksum::crc32;
     use crate::extents::{Allocation, EXTENTS_MAX, Extent};
     use crate::message::{
         Begin, Condition, Copy, Dirty, FetchKind, Hello, Promised, ReadKind, ReadOutcome, Refused, RefusedReason,
-        Welcome,
+        UNSETTLED_MAX, Welcome,
     };
     use crate::position::{Epoch, EpochHistory, Position, Seq};
     use crate::quorum::{AckPolicies, AckPolicy};
     use crate::ranges::ByteRange;
     use crate::record::{Record, RecordKind};
     use crate::scrub::BlockFound;
-    use crate::view::{View, ViewState, VolumeUuid};
+    use crate::view::{ReplicaName, View, ViewState, VolumeUuid};
 
     fn prefix_and_rest(frame: &Frame) -> ([u8; PREFIX_BYTES], Bytes) {
         let all = [&frame.head[..], &frame.bulk[..]].concat();
@@ -301,6 +302,33 @@ mod tests {
             ToEngine::Dirty(dirty),
             ToEngine::Extended { size_bytes: 1 << 31, refused: "no room".into() },
         ]
+    }
+
+    #[test]
+    fn the_longest_answer_to_a_promise_fits_into_a_frame() {
+        let name = |index: usize| format!("{index:0>64}").parse::<ReplicaName>().unwrap();
+        let names: Vec<ReplicaName> = (0..REPLICAS_MAX).map(name).collect();
+        let mut history = EpochHistory::default();
+        (1..=2 * EpochHistory::ENTRIES_MAX as u64)
+            .for_each(|n| history.note(Position { epoch: Epoch(n), seq: Seq(n) }));
+        let promised = Promised {
+            epoch: Epoch(4),
+            position: Position { epoch: Epoch(4), seq: Seq(9) },
+            size_bytes: 1 << 30,
+            views: ViewState::initial(View::new(names.clone()).unwrap()),
+            history,
+            acks: None,
+            syncing: false,
+            journal_first: Seq(3),
+            stable: Seq(2),
+            tracked: names.into_iter().map(|name| (name, Seq(1))).collect(),
+            lease_remaining_ms: 10,
+            unsettled: vec![ByteRange { offset: 8192, length: 4096 }; UNSETTLED_MAX],
+        };
+        let message = ToEngine::Promised(promised);
+        let (prefix, rest) = prefix_and_rest(&frame_to_engine(&message));
+        assert!(rest.len() > 24 * 1024, "{} bytes are not the longest", rest.len());
+        assert_eq!(Prefix::decode(&prefix).unwrap().to_engine(rest), Ok(message));
     }
 
     #[test]

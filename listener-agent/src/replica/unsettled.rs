@@ -2,10 +2,11 @@
 //! a write in place ([`crate::recovery`]), and by records that another member's journal had as later ones left them; they cease
 //! to be so by whatever is written there later.
 
+use protocol::message::UNSETTLED_MAX;
 use protocol::ranges::{ByteRange, merge_in_units, outside};
 use protocol::{BLOCK_BYTES, RecordHeader};
 
-use crate::superblock::{Superblock, UNSETTLED_MAX};
+use crate::superblock::Superblock;
 
 /// Blocks of these ranges may be ahead of the log.
 pub(crate) fn unsettle(superblock: &mut Superblock, ranges: impl Iterator<Item = ByteRange>) {
