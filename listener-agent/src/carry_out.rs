@@ -49,10 +49,11 @@ fn write_whole_group(
     written.try_for_each(|(record, stored)| image.put_checksums(record.header.offset, stored))
 }
 
-/// The record of an intent, with what the image holds there now: whoever gets it gets what changed it, too.
-fn from_image(image: &Image, header: &RecordHeader, is_overwritten: bool) -> Record {
+/// The record of an intent, with what the image holds there now, which may be ahead of it: by later records, which whoever
+/// gets it gets, too, or by what was cut off.
+fn from_image(image: &Image, header: &RecordHeader, may_be_ahead: bool) -> Record {
     let range = header.range();
-    if !is_overwritten && let Ok(Ok(Verified { data, crc })) = image.read_verified(range) {
+    if !may_be_ahead && let Ok(Ok(Verified { data, crc })) = image.read_verified(range) {
         return Record::carrying(header.position(), header.kind, range, data, crc);
     }
     let read = |offset: u64| {
@@ -62,19 +63,29 @@ fn from_image(image: &Image, header: &RecordHeader, is_overwritten: bool) -> Rec
     Amended { blocks: (range.offset..range.end()).step_by(BLOCK_BYTES as usize).map(read).collect() }.record(header)
 }
 
+/// Of records that are asked for, so many bytes are given at once, and what is left of the last group: an intent takes little of
+/// the journal, and its bytes are as many as others'.
+const FETCHED_BYTES_MAX: u64 = 4 << 20;
+
 /// Reads records from the journal, as far as they can be read.
 pub fn fetch(files: &ReplicaFiles, image: &Image, job: &FetchJob) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
+    let mut payload_bytes = 0;
     for segment in &job.segments {
+        if payload_bytes >= FETCHED_BYTES_MAX {
+            break;
+        }
         let mut bytes = vec![0; segment.bytes as usize];
         files.journal.read_at(HEADER_BYTES + segment.offset, &mut bytes)?;
         for entry in group::decode(job.salt, &Bytes::from(bytes)) {
             let header = entry.record.header;
+            payload_bytes += if job.what == FetchKind::Records { u64::from(header.payload_length) } else { 0 };
             found.push(match (job.what, entry.intent) {
                 (FetchKind::Ranges, _) => Found::Range(header.seq, header.range()),
                 (FetchKind::Records, None) => Found::Record(entry.record),
                 (FetchKind::Records, Some(_)) => {
-                    Found::Record(from_image(image, &header, job.overwritten.contains(&header.seq)))
+                    let is_ahead = job.unsettled.iter().any(|range| range.overlaps(header.range()));
+                    Found::Record(from_image(image, &header, is_ahead || job.overwritten.contains(&header.seq)))
                 }
             });
         }

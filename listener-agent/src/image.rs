@@ -142,9 +142,14 @@ impl Image {
     }
 
     /// Sees to it that a range of whole blocks can be written in place: there is space for it (see [`RawFile::reserve`]), and
-    /// no block is known to be bad. A replay could not tell whether one was found to be so before that or after it.
+    /// no block is known to be bad, nor would be after a crash. A replay could not tell whether one was found to be so before
+    /// that or after it.
     pub fn reserve(&self, range: ByteRange) -> io::Result<()> {
-        if self.stored(range.offset, (range.length / BLOCK_BYTES) as usize)?.contains(&KNOWN_BAD) {
+        let stored = checksums_of(range);
+        let (mut now, mut on_disk) = (vec![0; stored.length as usize], vec![0; stored.length as usize]);
+        self.checksums.read_at(stored.offset, &mut now)?;
+        self.checksums.read_written_at(stored.offset, &mut on_disk)?;
+        if [now, on_disk].iter().any(|bytes| checksums_from(bytes).contains(&KNOWN_BAD)) {
             return Err(io::Error::other("a block is known to be bad"));
         }
         self.image.reserve(range)
@@ -168,7 +173,8 @@ impl Image {
     /// Whether the blocks from `offset` on hold what these stored checksums are of; their bytes if so.
     pub fn holds(&self, offset: u64, stored: &[u32]) -> Option<Bytes> {
         let mut bytes = vec![0; stored.len() * BLOCK];
-        self.image.read_at(offset, &mut bytes).ok()?;
+        // Some errors pass.
+        self.image.read_at(offset, &mut bytes).or_else(|_| self.image.read_at(offset, &mut bytes)).ok()?;
         let is_held =
             bytes.chunks_exact(BLOCK).zip(stored).all(|(block, stored)| stored_block_checksum(block) == *stored);
         is_held.then(|| bytes.into())

@@ -130,6 +130,11 @@ pub fn recover(files: ReplicaFiles, mut superblock: Superblock) -> Result<OpenRe
             return replay(&image, &found.intents, &superblock.unsettled, &entry);
         }
         let to = Resize::decode(&entry.record.payload).map_err(io::Error::other)?.size_bytes;
+        let added = ByteRange { offset: image_bytes, length: to.saturating_sub(image_bytes) };
+        if added.length > 0 && found.intents.spared(added, Seq(0)) != [added] {
+            // They are made when the superblock has the size. One of its slots was lost, and the other knows less.
+            return Err(io::Error::other("a large write lies behind the image that the superblock knows"));
+        }
         image.grow(image_bytes, to)?;
         image_bytes = image_bytes.max(to);
         Ok(())

@@ -82,6 +82,14 @@ pub fn outside(ranges: impl IntoIterator<Item = ByteRange>, taken: ByteRange) ->
     parts.filter(|part| part.length > 0).collect()
 }
 
+/// What of `ranges` lies outside of the whole blocks of `changed`.
+#[must_use]
+pub fn outside_blocks(ranges: &[ByteRange], changed: ByteRange) -> Vec<ByteRange> {
+    let start = changed.offset.div_ceil(BLOCK_BYTES).saturating_mul(BLOCK_BYTES);
+    let end = changed.end() / BLOCK_BYTES * BLOCK_BYTES;
+    outside(ranges.iter().copied(), ByteRange { offset: start, length: end.saturating_sub(start) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,6 +120,8 @@ mod tests {
         assert_eq!(outside([range(10, 20)], range(10, 20)), []);
         assert_eq!(outside([range(10, 20)], range(15, 0)), [range(10, 20)]);
         assert_eq!(outside([range(10, 20)], range(30, 5)), [range(10, 20)]);
+        assert_eq!(outside_blocks(&[range(0, 12288)], range(4095, 4098)), [range(0, 4096), range(8192, 4096)]);
+        assert_eq!(outside_blocks(&[range(0, 12288)], range(4096, 4095)), [range(0, 12288)]);
     }
 
     #[test]

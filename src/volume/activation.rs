@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use protocol::message::{FetchKind, Promised, Welcome};
 use protocol::quorum::AckPolicies;
-use protocol::ranges::{ByteRange, outside};
+use protocol::ranges::{ByteRange, outside, outside_blocks};
 use protocol::record::ViewChange;
 use protocol::{AckPolicy, Epoch, Position, Record, RecordKind, ReplicaName, Seq, ToAgent, View, VolumeUuid};
 
@@ -29,6 +29,8 @@ use super::{Event, Failure, MissingReplica, Notice, PeerId, Phase, StartRefusal,
 
 /// How long to wait for replicas that could be done without.
 const GRACE: Duration = Duration::from_millis(1000);
+/// A member with more than this unsettled is rather copied to than settled: it is held in memory until all of it is read.
+const UNSETTLED_BYTES_MAX: u64 = 512 << 20;
 /// Bits of an epoch that are drawn at random when members are given up.
 const FORCED_EPOCH_BITS: u32 = 24;
 
@@ -241,7 +243,9 @@ impl<T> Volume<T> {
         let end = Position { epoch: self.epoch, seq: log.last() };
         let at = &mut self.peers[peer];
         // What it left unsettled is of records that it will get again, or was so before and could not be settled.
-        let known = log.ranges_after(found.seq).chain(self.unsettled_for_good.iter().copied());
+        let behind = ByteRange { offset: self.size_bytes, length: u64::MAX - self.size_bytes };
+        let for_good = self.unsettled_for_good.iter().copied();
+        let known = log.ranges_after(found.seq).chain(for_good).chain([behind]);
         let unsettled = known.fold(promised.unsettled.clone(), outside);
         let same_history =
             self.history.has_prefix(found, end) && log.holds_all_after(found.seq) && unsettled.is_empty();
@@ -275,8 +279,11 @@ impl<T> Volume<T> {
         let Some((target, forwarded)) = &mut replay.current else { return };
         if replay.source == peer && record.seq() == forwarded.next() && record.seq() <= replay.goal {
             *forwarded = record.seq();
+            let range = record.header.range();
             if record.header.amended {
-                replay.amended.push(record.header.range());
+                replay.amended.push(range);
+            } else if range.length > 0 && !replay.amended.is_empty() {
+                replay.amended = outside_blocks(&replay.amended, range);
             }
             self.peers[*target].push_urgent(ToAgent::Append(record));
         }
@@ -735,7 +742,8 @@ impl<T> Volume<T> {
         self.peers[id].promised.as_ref().is_some_and(|p| {
             let own = p.position;
             let is_behind = own.seq != truth.position.seq && truth.journal_first > own.seq.next();
-            !truth.history.has_prefix(own, truth.position) || is_behind
+            let unsettled: u64 = p.unsettled.iter().map(|range| range.length).fold(0, u64::saturating_add);
+            !truth.history.has_prefix(own, truth.position) || is_behind || unsettled > UNSETTLED_BYTES_MAX
         })
     }
 

@@ -105,6 +105,9 @@ impl Settling {
         let asked = self.asked.take_if(|asked| now.saturating_sub(asked.at) >= PATIENCE)?;
         if let Some(part) = self.parts.front_mut() {
             part.late.push(asked.peer);
+            // It is asked last from now on.
+            self.members.retain(|peer| *peer != asked.peer);
+            self.members.push(asked.peer);
         }
         Some(asked)
     }

@@ -76,6 +76,11 @@ fn a_crash_at_any_point_of_a_large_write_leaves_each_block_as_before_or_as_after
             let token = w.die_in_place(&[(0, writes)]);
             assert!(w.answer(0, token).is_none());
             (0..replicas).for_each(|agent| w.start_agent(agent));
+            if seed % 2 == 0 {
+                // What was found then is found again.
+                w.kill_agent(0, false);
+                w.start_agent(0);
+            }
             let e = w.next_engine();
             let found @ [old, new, torn] = w.blocks_of(e, [before, token]);
             let expected = match writes {
@@ -303,4 +308,70 @@ fn a_torn_block_that_nobody_has_sound_does_not_cost_the_only_replica_when_its_co
         w.settle_and_compare();
     }
     assert!(torn_blocks > 3, "{torn_blocks} blocks were torn");
+}
+
+#[test]
+fn what_a_replica_alone_has_of_a_large_write_is_copied_over_when_it_returns() {
+    for seed in 5280..5290 {
+        let (mut w, before) = written(Setup::quiet(seed, AckPolicy::Majority));
+        w.kill_agent(0, false);
+        w.kill_agent(1, false);
+        w.die_in_place(&[(2, 4)]);
+        w.start_agent(0);
+        w.start_agent(1);
+        let e = w.next_engine();
+        assert!(w.run_until(LONG, |w| w.view(e) == "a b"));
+        w.start_agent(2);
+        assert!(!w.agents[2].replica().superblock().unsettled.is_empty());
+        w.all_are_equal(e);
+        assert!(w.read_now(e, 0, LARGE) == payload(before, 0, LARGE));
+        w.settle_and_compare();
+    }
+}
+
+#[test]
+fn a_write_that_was_acknowledged_survives_two_crashes_in_the_midst_of_the_next() {
+    for writes in 2..WRITES {
+        let (mut w, _) = written(Setup { replicas: 1, ..Setup::quiet(5300 + writes, AckPolicy::All) });
+        let acknowledged = w.durable(0);
+        w.die_in_place(&[(0, writes)]);
+        // Nothing else happens in between: no engine comes.
+        for _ in 0..2 {
+            w.start_agent(0);
+            assert!(w.durable(0) >= acknowledged, "after {writes} writes");
+            w.kill_agent(0, false);
+        }
+    }
+}
+
+#[test]
+fn what_a_source_gives_of_unsettled_blocks_is_known_to_be_ahead_of_the_log() {
+    let mut ahead = 0;
+    for seed in 5320..5370 {
+        let (mut w, _) = written(Setup::quiet(seed, AckPolicy::Majority));
+        // c lacks a large write; of the next one a has a part, and b nothing.
+        w.kill_agent(2, false);
+        let before = w.write(0, 0, LARGE, false);
+        w.done(0, before);
+        let place = w.durable(0).max(w.durable(1));
+        let have_it = |w: &World| (0..2).all(|agent| w.agents[agent].replica().applied().seq == place);
+        assert!(w.run_until(LONG, have_it));
+        let token = w.die_in_place(&[(0, 4), (1, 0)]);
+        // c gets the first one from a, where the second has been; then the engine and a are gone.
+        w.start_agent(0);
+        w.start_agent(2);
+        let e = w.start_engine(true);
+        assert!(w.run_until(LONG, |w| w.durable(2) == place), "{:?}", w.refusals);
+        w.kill_engine(e);
+        w.kill_agent(0, false);
+        ahead += u64::from(!w.agents[2].replica().superblock().unsettled.is_empty());
+        w.start_agent(1);
+        let e = w.next_engine();
+        let found = w.blocks_of(e, [before, token]);
+        w.settle_and_compare();
+        w.start_agent(0);
+        w.all_are_equal(e);
+        assert_eq!(w.blocks_of(e, [before, token]), found);
+    }
+    assert!(ahead > 20, "c was ahead of its log {ahead} times");
 }

@@ -76,6 +76,11 @@ impl WriteBack {
         self.file.sync()
     }
 
+    /// Reads from the file, whatever of it was changed in memory since: what would be left if the process died.
+    pub fn read_written_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_at(offset, buffer)
+    }
+
     fn changing(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().expect("no thread panicked with the lock")
     }

@@ -11,7 +11,9 @@ use protocol::{BLOCK_BYTES, Seq};
 pub struct Intents {
     /// By the first byte: the byte after the last, and the intent. No two overlap.
     parts: BTreeMap<u64, (u64, Seq)>,
-    /// Intents of which later records changed something.
+    /// All of them.
+    held: BTreeSet<Seq>,
+    /// Those of which later records changed something.
     overwritten: BTreeSet<Seq>,
 }
 
@@ -20,6 +22,7 @@ impl Intents {
     pub fn note(&mut self, range: ByteRange, seq: Seq) {
         self.note_change(range);
         self.parts.insert(range.offset, (range.end(), seq));
+        self.held.insert(seq);
     }
 
     /// Notes that a later record changed the blocks of a range.
@@ -75,13 +78,20 @@ impl Intents {
     /// Forgets intents before `first`.
     pub fn release_before(&mut self, first: Seq) {
         self.parts.retain(|_, (_, seq)| *seq >= first);
+        self.held = self.held.split_off(&first);
         self.overwritten = self.overwritten.split_off(&first);
     }
 
-    /// How many there are to remember, of both sorts.
+    /// Whether there are any among the records `from..=to`.
+    #[must_use]
+    pub fn are_within(&self, from: Seq, to: Seq) -> bool {
+        from <= to && self.held.range(from..=to).next().is_some()
+    }
+
+    /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.parts.len() + self.overwritten.len()
+        self.held.len()
     }
 }
 
@@ -129,6 +139,10 @@ mod tests {
         intents.note(range(0, 8192), Seq(5));
         assert_eq!(intents.overwritten(Seq(1), Seq(9)), [Seq(3), Seq(4)]);
         assert_eq!(intents.overwritten(Seq(4), Seq(3)), []);
+        assert_eq!(
+            (intents.count(), intents.are_within(Seq(5), Seq(9)), intents.are_within(Seq(6), Seq(9))),
+            (3, true, false)
+        );
         intents.release_before(Seq(4));
         assert_eq!(intents.overwritten(Seq(1), Seq(9)), [Seq(4)]);
         intents.release_before(Seq(6));

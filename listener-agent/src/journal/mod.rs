@@ -72,8 +72,9 @@ pub fn intent_bytes_min(file_bytes: u64) -> u64 {
 
 /// The most intents in a group.
 pub const INTENTS_MAX: usize = 32;
-/// The most intents that a journal holds, with the parts that others left of them: it bounds the memory for them.
-pub const INTENTS_HELD_MAX: usize = 16 * 1024;
+/// The most intents that a journal holds: as many ranges at most are ahead of the log at a member that gets its records from
+/// here, as many bytes at most are read from the image for that, and then by an engine that settles them.
+pub const INTENTS_HELD_MAX: usize = 256;
 /// What the intents of a group write, bytes, at most: it bounds the time of one group.
 pub const INTENTS_BYTES_MAX: u64 = 4 << 20;
 

@@ -80,8 +80,9 @@ impl ScanStart {
     #[must_use]
     pub fn of(superblock: &Superblock) -> ScanStart {
         let last_epoch = superblock.history.entries().last().map_or(Seq(0), |s| s.first_seq);
-        let known =
-            [superblock.checkpoint.seq, superblock.views.seq, superblock.stable, superblock.tracked_seq, last_epoch];
+        let Superblock { views, stable, tracked_seq, unsettled_seq, .. } = superblock;
+        // The last one before a log that was cut off was the last of a group that was whole, whatever came over it since.
+        let known = [superblock.checkpoint.seq, views.seq, *stable, *tracked_seq, *unsettled_seq, last_epoch];
         ScanStart {
             salt: Salt::of(superblock.identity.uuid),
             capacity: capacity_bytes(superblock.identity.journal_bytes),

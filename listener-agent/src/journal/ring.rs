@@ -29,8 +29,6 @@ pub struct Ring {
     capacity: u64,
     /// Where the next group goes if it fits.
     write_offset: u64,
-    /// The same before the last group was given room.
-    write_offset_before: u64,
     segments: VecDeque<Segment>,
     intents: Intents,
 }
@@ -39,7 +37,7 @@ impl Ring {
     /// A ring of `capacity` bytes that holds these segments, with these intents, and goes on at `write_offset`.
     #[must_use]
     pub fn new(capacity: u64, segments: VecDeque<Segment>, intents: Intents, write_offset: u64) -> Ring {
-        Ring { capacity, write_offset, write_offset_before: write_offset, segments, intents }
+        Ring { capacity, write_offset, segments, intents }
     }
 
     /// A ring of `capacity` bytes that holds nothing.
@@ -73,22 +71,18 @@ impl Ring {
     pub fn take(&mut self, bytes: u64, first: Seq, last: Seq) -> Option<u64> {
         let offset = self.place(bytes)?;
         self.segments.push_back(Segment { offset, bytes, first, last });
-        self.write_offset_before = self.write_offset;
         self.write_offset = offset + bytes;
         Some(offset)
     }
 
-    /// Takes back the room that was given last: nothing was written there.
+    /// Takes back the room that was given last: nothing was written there. The next group begins at the same place, which a
+    /// superblock may call the tail by now.
     ///
     /// # Panics
     /// If that group does not begin with `first`.
     pub fn take_back(&mut self, first: Seq) {
-        let last = self.segments.pop_back();
-        assert!(
-            last.is_some_and(|segment| segment.first == first),
-            "the last group is the one that was given room last"
-        );
-        self.write_offset = self.write_offset_before;
+        let last = self.segments.pop_back().filter(|segment| segment.first == first);
+        self.write_offset = last.expect("the last group is the one that was given room last").offset;
     }
 
     /// A record that changed a range became durable, with its bytes in the image alone if it is an intent.

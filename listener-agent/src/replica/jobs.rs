@@ -123,6 +123,8 @@ pub struct FetchJob {
     pub what: FetchKind,
     /// Intents of which later records changed something.
     pub overwritten: Vec<Seq>,
+    /// Where the image may be ahead of the log.
+    pub unsettled: Vec<ByteRange>,
     /// What the checksums of the records start from.
     pub salt: Salt,
     /// Where they are.

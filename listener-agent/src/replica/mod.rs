@@ -370,6 +370,7 @@ impl Replica {
                     to: to.min(self.durable.seq),
                     what,
                     overwritten: Vec::new(),
+                    unsettled: Vec::new(),
                     salt: self.salt(),
                     segments,
                 });
@@ -668,6 +669,7 @@ impl Replica {
         }
         let mut job = self.fetches.pop_front()?;
         job.overwritten = self.ring.intents().overwritten(job.from, job.to);
+        job.unsettled.clone_from(&self.superblock.unsettled);
         Some(job)
     }
 
@@ -675,7 +677,10 @@ impl Replica {
     #[must_use]
     pub fn has_fetch(&self) -> bool {
         let is_at_rest = self.applied == self.durable && self.writing.is_none();
-        self.fetches.front().is_some_and(|job| job.what == FetchKind::Ranges || is_at_rest)
+        self.fetches.front().is_some_and(|job| {
+            let needs_image = job.what == FetchKind::Records && self.ring.intents().are_within(job.from, job.to);
+            is_at_rest || !needs_image
+        })
     }
 
     /// What was found in the job's segments, as far as they could be read.

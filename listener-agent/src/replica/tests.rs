@@ -416,3 +416,64 @@ fn a_close_applies_what_is_durable_and_marks_the_replica_clean() {
     r.open_session(2, B, NOW);
     assert_eq!(refusal(&said(&mut r), 2), Some(RefusedReason::Unusable));
 }
+
+#[test]
+fn a_group_that_was_taken_back_leaves_no_superblock_that_points_elsewhere() {
+    let mut r = promised();
+    // 15 groups of two blocks: one block is left at the end of the ring of 31.
+    for seq in 1..=15 {
+        append(&mut r, seq, 0);
+        write_group(&mut r);
+    }
+    apply(&mut r);
+    r.handle(NOW, 1, ToAgent::Stable { seq: Seq(14) });
+    r.checkpoint_due = true;
+    write_superblock(&mut r);
+    assert_eq!(r.superblock().tail.seq, Seq(15));
+    // A small write and a large one that can be an intent: two blocks, so they go to the beginning of the ring.
+    append(&mut r, 16, 0);
+    r.handle(NOW, 1, write_at(1, 17, 8 * BLOCK, 2 * BLOCK));
+    let group = r.next_group().unwrap();
+    assert_eq!((group.offset, group.intents.len(), group.records.len()), (0, 1, 2));
+    // Meanwhile a checkpoint gives up all that there is.
+    r.handle(NOW, 1, ToAgent::Stable { seq: Seq(15) });
+    r.checkpoint_due = true;
+    write_superblock(&mut r);
+    // A new engine comes, and the group is not begun for want of room in the image.
+    r.open_session(2, B, NOW);
+    r.handle(NOW, 2, promise(2, B));
+    r.group_done(GroupOutcome::NotBegun);
+    let tail = write_superblock(&mut r).tail;
+    assert_eq!(r.durable().seq, Seq(15));
+    let position = Position { epoch: Epoch(2), seq: Seq(16) };
+    let range = ByteRange { offset: 0, length: 512 };
+    r.handle(NOW, 2, ToAgent::Append(Record::new(position, RecordKind::Write, range, vec![1; 512].into())));
+    let group = r.next_group().unwrap();
+    assert_eq!(group.records[0].seq(), tail.seq);
+    assert_eq!(group.offset, tail.offset, "where the superblock says that it is");
+}
+
+#[test]
+fn places_up_to_which_nothing_is_settled_belong_to_the_log_that_is_left() {
+    let mut r = replica();
+    r.superblock.unsettled_seq = Seq(100);
+    r.superblock.promised = Epoch(1);
+    let begin = protocol::message::Begin {
+        position: Position { epoch: Epoch(1), seq: Seq(60) },
+        size_bytes: 1 << 20,
+        views: r.superblock.views.clone(),
+        history: EpochHistory::default(),
+        acks: AckPolicies { write: protocol::AckPolicy::First, flush: protocol::AckPolicy::First },
+        tracked: Vec::new(),
+    };
+    let job = r.begin_job(&begin, r.superblock.clone());
+    let mut superblock = job.superblock;
+    // Later, as a member, it is brought up with an amended record.
+    superblock.syncing = false;
+    let position = Position { epoch: Epoch(2), seq: Seq(70) };
+    let mut amended =
+        Record::new(position, RecordKind::Write, ByteRange { offset: 0, length: BLOCK }, vec![0; 4096].into()).header;
+    amended.amended = true;
+    note_settled(&mut superblock, &amended);
+    assert_eq!(superblock.unsettled, [ByteRange { offset: 0, length: BLOCK }]);
+}

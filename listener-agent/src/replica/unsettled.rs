@@ -3,7 +3,7 @@
 //! to be so by whatever is written there later.
 
 use protocol::message::UNSETTLED_MAX;
-use protocol::ranges::{ByteRange, merge_in_units, outside};
+use protocol::ranges::{ByteRange, merge_in_units, outside_blocks};
 use protocol::{BLOCK_BYTES, RecordHeader};
 
 use crate::superblock::Superblock;
@@ -29,12 +29,10 @@ pub(super) fn note_settled(superblock: &mut Superblock, header: &RecordHeader) {
     if header.amended {
         return unsettle(superblock, std::iter::once(header.range()));
     }
-    let start = header.offset.next_multiple_of(BLOCK_BYTES);
-    let end = header.range().end() / BLOCK_BYTES * BLOCK_BYTES;
-    if superblock.unsettled.is_empty() || start >= end {
+    if superblock.unsettled.is_empty() || header.length == 0 {
         return;
     }
-    let left = outside(superblock.unsettled.iter().copied(), ByteRange { offset: start, length: end - start });
+    let left = outside_blocks(&superblock.unsettled, header.range());
     // More than a superblock can name: then some stay that need not, which an engine will settle.
     if left.len() <= UNSETTLED_MAX {
         superblock.unsettled = left;
