@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::ranges::ByteRange;
 use protocol::{BLOCK_BYTES, Seq};
 
+use super::INTENTS_HELD_MAX;
+
 /// Intents, by what they wrote.
 #[derive(Clone, Debug, Default)]
 pub struct Intents {
@@ -86,6 +88,12 @@ impl Intents {
     #[must_use]
     pub fn are_within(&self, from: Seq, to: Seq) -> bool {
         from <= to && self.held.range(from..=to).next().is_some()
+    }
+
+    /// Whether more than half of what may be held is, and half of that could be forgotten with the records up to `seq`.
+    #[must_use]
+    pub fn are_pressing(&self, seq: Seq) -> bool {
+        self.held.len() > INTENTS_HELD_MAX / 2 && self.held.range(..=seq).count() > INTENTS_HELD_MAX / 4
     }
 
     /// How many there are.

@@ -44,6 +44,7 @@ impl Replica {
         let waited = now.saturating_sub(self.last_checkpoint_at) >= CHECKPOINT_INTERVAL;
         let copied = self.copies.checkpoint_due_at().is_some_and(|due| now >= due);
         under_pressure
+            || self.ring.intents().are_pressing(self.releasable())
             || copied
             || self.no_space_for_metadata
             || (self.checkpoint_due && (changed || freed > 0))
