@@ -29,6 +29,7 @@ fn settings(policy: AckPolicy) -> VolumeSettings {
         ack_write: policy,
         ack_flush: policy,
         read: ReadSpread::Adaptive,
+        reads_together: 8,
         lag_bytes_max: 1 << 20,
         lag_max: Duration::from_secs(1),
         throttle: false,

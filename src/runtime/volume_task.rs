@@ -32,6 +32,8 @@ use crate::volume::{
 const TICK: Duration = Duration::from_millis(5);
 /// The same where answers that are late by a millisecond are not waited for.
 const TICK_HEDGED: Duration = Duration::from_millis(1);
+/// Small reads that go to one agent before the next is asked.
+const READS_TOGETHER: usize = 8;
 /// A removed replica may take so long to be marked clean.
 const RETIRE_MAX: Duration = Duration::from_secs(3);
 /// How long replicas may take to answer at start, at least.
@@ -88,6 +90,8 @@ pub(super) struct VolumeTask {
 }
 
 fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
+    // Several threads may read from different replicas of this process at the same time, but not from one.
+    let is_remote = config.replicas.iter().all(|replica| matches!(replica.place, ReplicaPlace::Agent { .. }));
     VolumeSettings {
         name: name(&config.name),
         size_bytes: config.size.bytes(),
@@ -100,6 +104,7 @@ fn settings(config: &VolumeConfig, take_over: bool) -> VolumeSettings {
             ReadPolicy::Hedged => ReadSpread::Hedged,
             ReadPolicy::Verify => ReadSpread::Verify,
         },
+        reads_together: if is_remote { READS_TOGETHER } else { 1 },
         lag_bytes_max: config.lag_bytes_max.bytes(),
         lag_max: config.lag_max(),
         throttle: match config.on_lag {

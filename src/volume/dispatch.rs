@@ -40,10 +40,13 @@ impl<T> Volume<T> {
         };
         let mut candidates: Vec<PeerId> = (0..self.peers.len()).filter(may).collect();
         let last = self.last_given_out();
+        // So many reads under way make a member no worse than one with none.
+        let is_quick = piece.is_some_and(|piece| self.reads.is_quick(piece));
+        let together = if is_quick { self.settings.reads_together.max(1) } else { 1 };
         candidates.sort_by_key(|id| {
             let peer = &self.peers[*id];
             // A backlog is read behind; a few records in flight are not.
-            (last.ahead_of(peer.durable) / 64, peer.reads.len(), *id)
+            (last.ahead_of(peer.durable) / 64, peer.reads.len() / together, *id)
         });
         candidates
     }

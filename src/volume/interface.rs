@@ -25,6 +25,9 @@ pub struct VolumeSettings {
     pub ack_flush: AckPolicy,
     /// How many members a read is sent to at once.
     pub read: ReadSpread,
+    /// So many small reads go to one member before the next is asked, while answers come fast; at least one. Over a network
+    /// they cost each side one call of the system and one wake-up together, instead of one each.
+    pub reads_together: usize,
     /// A member that lacks so many journal bytes that another has leaves the view.
     pub lag_bytes_max: u64,
     /// A member that lacks a record so long leaves the view.

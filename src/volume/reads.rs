@@ -22,6 +22,11 @@ const HEDGE_MAX: Duration = Duration::from_secs(1);
 const LATE_TIMES: u32 = 4;
 const LATE_MIN: Duration = Duration::from_millis(5);
 
+/// What is a small read, bytes.
+const SMALL_BYTES_MAX: u64 = 16 << 10;
+/// Answers that take longer come from disks that are slow, or busy: better from all of them at the same time.
+const FAST_MAX: Duration = Duration::from_millis(2);
+
 /// A part of a read.
 #[derive(Debug)]
 pub(super) struct Piece {
@@ -325,6 +330,12 @@ impl<T> Reads<T> {
         for (_, asked_at) in piece.asked[..=index].iter().filter(counts) {
             self.latency.note(now.saturating_sub(*asked_at));
         }
+    }
+
+    /// Whether a piece is small, and answers come fast.
+    pub(super) fn is_quick(&self, piece: &Piece) -> bool {
+        let is_small = piece.range.length <= SMALL_BYTES_MAX && piece.what == ReadKind::Data;
+        is_small && self.latency.p95().is_some_and(|p95| p95 <= FAST_MAX)
     }
 
     /// How long to wait for an answer before another member is asked.

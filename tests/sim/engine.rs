@@ -62,6 +62,7 @@ fn settings(setup: &Setup, engine: usize, take_over: bool) -> VolumeSettings {
         ack_write,
         ack_flush,
         read: setup.read,
+        reads_together: 8,
         lag_bytes_max: setup.lag_bytes_max,
         lag_max: setup.lag_max,
         throttle: setup.throttle,
