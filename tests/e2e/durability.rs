@@ -20,7 +20,7 @@ const WRITES: u64 = 150;
 const MARKER: &str = "NBDCAST-MARKER-";
 
 const SMALL_BYTES: usize = 4096;
-const LARGE_BYTES: usize = 128 << 10;
+const LARGE_BYTES: usize = 512 << 10;
 
 #[test]
 fn no_write_is_answered_before_it_is_durable_nor_applied_before_it_is_journaled() {
@@ -47,7 +47,7 @@ fn traced(bytes: usize) -> (Evidence, String) {
     for number in 1..=WRITES {
         let mut payload = format!("{MARKER}{number:06}").into_bytes();
         payload.resize(bytes, b'x');
-        client.write(number % 50 * 2 * bytes as u64, &payload, 0).expect("a write under the trace");
+        client.write(number % 15 * 2 * bytes as u64, &payload, 0).expect("a write under the trace");
     }
     for name in cluster.names() {
         cluster.wait_caught_up(name);

@@ -66,8 +66,8 @@ pub fn group_bytes_max(file_bytes: u64) -> u64 {
 /// From this size on a write can be an intent, bytes: below it costs less to write it twice than to wait for two writes.
 #[must_use]
 pub fn intent_bytes_min(file_bytes: u64) -> u64 {
-    let eighth = u64::from(record_payload_bytes_max(file_bytes)) / 8 / BLOCK_BYTES * BLOCK_BYTES;
-    eighth.max(2 * BLOCK_BYTES)
+    let half = u64::from(record_payload_bytes_max(file_bytes)) / 2 / BLOCK_BYTES * BLOCK_BYTES;
+    half.max(2 * BLOCK_BYTES)
 }
 
 /// The most intents in a group.
