@@ -264,8 +264,7 @@ impl Image {
         if from < to {
             self.image.write_at(from, &data[(from - offset) as usize..(to - offset) as usize])?;
         }
-        let bytes: Vec<u8> = checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
-        self.checksums.write_at(checksums_of(whole).offset, &bytes)
+        self.put_checksums(whole.offset, &checksums)
     }
 
     /// The checksum of a block after it was changed in part, or `None` for one that is bad.

@@ -1,5 +1,6 @@
-//! Which ranges the records in a replica's journal change. They are asked for part by part. Two such surveys are made: of the records that a returning replica alone has ([`super::resync`]), and of those
-//! that members which were absent at activation may lack.
+//! Which ranges the records in a replica's journal change. They are asked for part by part. Two such surveys are made: of the
+//! records that a returning replica alone has ([`super::resync`]), and of those that members which were absent at activation
+//! may lack.
 
 use protocol::Seq;
 use protocol::message::FetchKind;

@@ -222,8 +222,8 @@ impl RawFile for SimFile {
         let middle = data.len() / 2;
         data[middle] ^= u8::from(std::mem::take(&mut self.faults.lock().unwrap().flip_next_in_place));
         // The system takes it page by page; a power cut divides sectors from each other.
-        let pages = data.chunks(BLOCK).zip(0..);
-        pages.into_iter().try_for_each(|(page, index)| self.write_cut_at(offset + index * BLOCK as u64, page, SECTOR))
+        let mut pages = data.chunks(BLOCK).zip(0..);
+        pages.try_for_each(|(page, index)| self.write_cut_at(offset + index * BLOCK as u64, page, SECTOR))
     }
 
     fn reserve(&self, _range: ByteRange) -> io::Result<()> {

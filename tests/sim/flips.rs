@@ -388,11 +388,7 @@ fn a_bit_of_a_durable_record_costs_the_replica_and_that_of_the_last_is_noticed()
         w.done(0, last);
         w.rest();
         w.damaged_while_down(1, |w| w.rot_journal(1, last, at));
-        assert_eq!(w.agents[1].refusal, None, "it looks like a torn write");
-        assert!(w.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::LostData { .. }))));
-        w.everyone_is_back(0);
-        w.rest();
-        w.settle_and_compare();
+        w.is_copied_anew(1);
         assert!(w.read_now(0, 0, BLOCK) == payload(last, 0, BLOCK) && first != last);
     }
     seen(
@@ -408,21 +404,13 @@ fn a_bit_of_an_intent_costs_as_much_as_one_of_a_record() {
     // In the checksums that it holds, and in the header before them.
     for at in [9, -30] {
         let (mut w, token) = written(4635, AckPolicy::Majority);
-        for first in [100, 120] {
-            let later = w.write(0, first, 8, false);
-            w.done(0, later);
-            w.rest();
-        }
+        w.write_two_groups_more();
         w.damaged_while_down(1, |w| w.rot_intent(1, token, at));
         w.is_refused(1, "the journal is damaged at record", token);
 
         let (mut w, token) = written(4636, AckPolicy::Majority);
         w.damaged_while_down(1, |w| w.rot_intent(1, token, at));
-        assert_eq!(w.agents[1].refusal, None, "it looks like a torn write");
-        assert!(w.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::LostData { .. }))));
-        w.everyone_is_back(0);
-        w.rest();
-        w.settle_and_compare();
+        w.is_copied_anew(1);
         w.read_is(token);
     }
     seen(
@@ -515,6 +503,24 @@ impl World {
         journal.rot(found.strict_add_signed(at));
     }
 
+    /// Writes elsewhere, so that two groups lie behind all that the journals have.
+    fn write_two_groups_more(&mut self) {
+        for first in [100, 120] {
+            let later = self.write(0, first, 8, false);
+            self.done(0, later);
+            self.rest();
+        }
+    }
+
+    /// The replica is opened with less than it acknowledged; the engine notices, and all of it is copied.
+    fn is_copied_anew(&mut self, agent: usize) {
+        assert_eq!(self.agents[agent].refusal, None, "it looks like a torn write");
+        assert!(self.run_until(LONG, |w| w.notices.iter().any(|n| matches!(n, Notice::LostData { .. }))));
+        self.everyone_is_back(0);
+        self.rest();
+        self.settle_and_compare();
+    }
+
     /// The replica is not opened, and says why; it leaves, and the others go on.
     fn is_refused(&mut self, agent: usize, words: &str, token: Token) {
         let refusal = self.agents[agent].refusal.clone().expect("it is refused");
@@ -533,11 +539,7 @@ fn two_groups(seed: u64) -> (World, Token) {
     let token = w.write(0, 0, BLOCK, false);
     w.done(0, token);
     w.rest();
-    for first in [100, 120] {
-        let later = w.write(0, first, 8, false);
-        w.done(0, later);
-        w.rest();
-    }
+    w.write_two_groups_more();
     (w, token)
 }
 

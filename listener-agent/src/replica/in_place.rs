@@ -31,6 +31,8 @@ pub(super) struct InPlace {
     unsynced_bytes: u64,
     /// Of these, how many there were when the group being written began.
     unsynced_at_begin: u64,
+    /// Likewise, when the checkpoint being taken began.
+    unsynced_at_checkpoint: u64,
     /// The image has no room, or its filesystem does not say. Until the next checkpoint.
     no_room: bool,
     /// Records of the group being written are wanted by nobody, if it turns out that they were not being written.
@@ -63,14 +65,15 @@ impl InPlace {
         self.unsynced_bytes += bytes;
     }
 
-    /// Everything that was applied when there were so many unsynced bytes is durable.
-    pub(super) fn synced(&mut self, unsynced_then: u64) {
-        self.unsynced_bytes = self.unsynced_bytes.saturating_sub(unsynced_then);
-        self.no_room = false;
+    /// A checkpoint makes durable what is applied now.
+    pub(super) fn checkpoint_begins(&mut self) {
+        self.unsynced_at_checkpoint = self.unsynced_bytes;
     }
 
-    pub(super) fn unsynced_bytes(&self) -> u64 {
-        self.unsynced_bytes
+    /// The checkpoint that began last is durable.
+    pub(super) fn checkpoint_taken(&mut self) {
+        self.unsynced_bytes = self.unsynced_bytes.saturating_sub(self.unsynced_at_checkpoint);
+        self.no_room = false;
     }
 }
 

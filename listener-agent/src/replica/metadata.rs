@@ -100,7 +100,7 @@ impl Replica {
         self.checkpoint_due = false;
         self.last_checkpoint_at = now;
         self.copies.checkpoint_begins();
-        self.unsynced_at_checkpoint = self.in_place.unsynced_bytes();
+        self.in_place.checkpoint_begins();
         superblock.checkpoint = self.applied;
         superblock.image_bytes = self.applied_size;
         let (offset, seq) = self.ring.tail_after(self.releasable(), self.durable.seq.next());
@@ -158,7 +158,7 @@ impl Replica {
         self.dirty.written();
         self.ring.release_before(written.tail.seq);
         self.counters.checkpoints += 1;
-        self.in_place.synced(self.unsynced_at_checkpoint);
+        self.in_place.checkpoint_taken();
         if let (Some(id), Some(session)) = (self.copies.checkpoint_taken(), self.current) {
             self.outbox.push_back((session, ToEngine::Copied { id }));
         }

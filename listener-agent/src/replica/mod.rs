@@ -149,8 +149,6 @@ pub struct Replica {
     checkpoint_due: bool,
     checkpoint_retry_at: Time,
     last_checkpoint_at: Time,
-    /// Bytes that the checkpoint being taken makes durable, of those that writes in place would wait for.
-    unsynced_at_checkpoint: u64,
     closing: bool,
     closed: bool,
     last_group_offset: u64,
@@ -206,7 +204,6 @@ impl Replica {
             checkpoint_due: false,
             checkpoint_retry_at: Time::ZERO,
             last_checkpoint_at: now,
-            unsynced_at_checkpoint: 0,
             closing: false,
             closed: false,
             last_group_offset: 0,
