@@ -195,3 +195,25 @@ fn a_sync_that_fails_while_room_is_made_takes_the_replica_out_of_service() {
         w.settle_and_compare();
     }
 }
+
+#[test]
+fn a_large_write_to_what_a_volume_has_just_grown_by_survives_a_crash() {
+    for seed in 8900..8910 {
+        let mut w = serving(wide(seed, AckPolicy::All));
+        w.order(0, Command::Resize { size_bytes: GROWN });
+        let size = |w: &World| w.engines[0].volume.snapshot(w.now).size_bytes;
+        assert!(w.run_until(LONG, |w| size(w) == GROWN), "the volume grows");
+        // As large as a large write is, and behind what the last checkpoint knew.
+        let data = vec![7; 120 << 10];
+        let token = w.write_bytes(0, 33 * UNIT, data.clone());
+        w.done(0, token);
+        (0..w.agents.len()).for_each(|agent| w.kill_agent(agent, false));
+        w.kill_engine(0);
+        (0..w.agents.len()).for_each(|agent| w.start_agent(agent));
+        let e = w.next_engine();
+        assert!(w.run_until(LONG, |w| crate::check::is_quiet(w, e)));
+        for agent in &w.agents {
+            assert!(agent.disk.image.content()[33 * UNIT as usize..][..data.len()] == data, "seed {seed}");
+        }
+    }
+}
